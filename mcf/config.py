@@ -1,0 +1,258 @@
+"""The schema of a recipe: every key a run can be told, with its meaning, unit and default.
+
+A recipe is a YAML file over these sections, dotted on the command line (`optimizer.blr=1e-4`). The defaults are the
+faithful run: where a key has a value that the released code uses, that value is the default, and every departure
+from it is visible in a recipe (METHOD, "what the released code does"). Nothing heavy is imported here: a login node
+reads recipes with pydantic and PyYAML alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """One block of a recipe: unknown keys are refused, values do not change after the checks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DecoderConfig(Section):
+    """The decoder M0, from visible tokens to the pseudo image."""
+
+    width: Positive = Field(512, description="width of the decoder's tokens")
+    depth: Positive = Field(8, description="number of blocks")
+    heads: Positive = Field(16, description="attention heads")
+
+
+class HeadsConfig(Section):
+    """Projector and predictor of the contrastive branch."""
+
+    hidden: Positive = Field(4096, description="width of the hidden layer")
+    dim: Positive = Field(256, description="width of a query or key")
+    batch_norm: Literal["per_rank", "synchronised"] = Field(
+        "per_rank", description="statistics of the heads' BatchNorm: of each rank alone (the reference), or of all ranks"
+    )
+
+
+class ModelConfig(Section):
+    """The encoder, and what hangs on it."""
+
+    image_size: Positive = Field(224, description="side of the square input, pixels")
+    patch_size: Positive = Field(16, description="side of a patch, pixels")
+    width: Positive = Field(768, description="width of the encoder's tokens")
+    depth: Positive = Field(12, description="number of encoder blocks")
+    heads: Positive = Field(12, description="attention heads of the encoder")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs / token width, in encoder and decoder")
+    decoder: DecoderConfig = DecoderConfig()
+    projection: HeadsConfig = HeadsConfig()
+
+    @property
+    def patches(self) -> int:
+        """Number of patches L of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size={self.image_size} is no multiple of model.patch_size={self.patch_size}; "
+                f"use {self.image_size // self.patch_size * self.patch_size or self.patch_size}"
+            )
+        for name, width, heads in (
+            ("model", self.width, self.heads),
+            ("model.decoder", self.decoder.width, self.decoder.heads),
+        ):
+            if width % heads:
+                raise ValueError(f"{name}.width={width} is not divisible by {name}.heads={heads}")
+            if width % 4:
+                raise ValueError(f"{name}.width={width} is no multiple of 4, which the sin-cos position table needs")
+        return self
+
+
+class MaskConfig(Section):
+    """The random masks of the two branches."""
+
+    ratio: float = Field(0.75, ge=0, lt=1, description="share of the patches that is dropped; int(L·(1−ratio)) are kept")
+    momentum: Literal["independent", "same", "none"] = Field(
+        "independent", description="mask of the momentum branch: drawn on its own, the encoder's, or all patches visible"
+    )
+
+
+class TeacherConfig(Section):
+    """The frozen teacher M1 of the feature loss."""
+
+    source: Literal["moco_v3", "timm", "checkpoint", "random", "none"] = Field(
+        "moco_v3",
+        description="where its weights come from: a MoCo v3 file, a ViT with timm's names (safetensors or .pth), a "
+        "run directory or checkpoint of our own, random weights (demo only), or no teacher (then loss.feature=0)",
+    )
+    path: str | None = Field(None, description="file or run directory the weights are read from")
+    branch: Literal["encoder", "momentum"] = Field("encoder", description="which branch of an own checkpoint teaches")
+    taps: tuple[NonNegative, ...] = Field((2, 5, 8, 11), description="blocks whose outputs are compared, counted from 0")
+    heads: Positive = Field(12, description="attention heads (no file states them)")
+    width: Positive = Field(768, description="width of a random teacher; files bring their own")
+    depth: Positive = Field(12, description="blocks of a random teacher; files bring their own")
+    patch_size: Positive = Field(16, description="patch side of a random teacher, pixels; files bring their own")
+
+
+class LossConfig(Section):
+    """The loss terms and their weights."""
+
+    feature: float = Field(1000.0, ge=0, description="weight of the teacher's feature loss")
+    contrast: float = Field(1.0, ge=0, description="weight of the contrastive loss")
+    pixel: float = Field(0.0, ge=0, description="weight of MAE's pixel loss on the dropped patches (reference: off)")
+    pixel_normalise: bool = Field(False, description="normalise each patch of the pixel target, as MAE does")
+    feature_axis: Literal["tokens", "channels"] = Field(
+        "tokens", description="axis along which features are L2-normalised: over tokens per channel (the reference), or "
+        "over channels per token"
+    )  # fmt: skip
+
+
+class ContrastConfig(Section):
+    """The contrastive loss."""
+
+    temperature: float = Field(0.2, gt=0, description="temperature T")
+    scope: Literal["micro_batch", "step", "group"] = Field(
+        "micro_batch",
+        description="which keys a query meets: those of the same global micro-batch (the reference), of the whole "
+        "effective batch, or of its group of contrast.group_size neighbours in the effective batch",
+    )
+    group_size: Positive | None = Field(None, description="samples a group for contrast.scope=group; divides the batch")
+
+
+class MomentumConfig(Section):
+    """The momentum encoder's moving average."""
+
+    value: Share = Field(0.99, description="m of p ← m·p + (1−m)·p_encoder")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="m constant, or rising to 1 by a half-cosine")
+    update: Literal["micro_batch", "step"] = Field(
+        "micro_batch", description="when the average moves: before the keys of every micro-batch (the reference), or "
+        "once after every applied optimiser step"
+    )  # fmt: skip
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    blr: float = Field(1.5e-4, gt=0, description="base learning rate; lr = blr · batch / 256")
+    lr: float | None = Field(None, gt=0, description="learning rate itself, instead of blr")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the half-cosine")
+    warmup_epochs: float = Field(1.0, ge=0, description="length of the linear warm-up, epochs")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's β")
+    eps: float = Field(1e-8, gt=0, description="AdamW's ε")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay; none on biases and 1-D parameters")
+
+
+class DataConfig(Section):
+    """The shards and the order in which they are read."""
+
+    path: str | None = Field(None, description="folder that mcf.pack wrote (shards, index, manifest.json)")
+    samples: Positive | None = Field(
+        None, description="samples in the folder, for plans made where the folder is not; checked against the manifest"
+    )
+    streams: Positive = Field(512, description="logical streams C the data set is read as; C divides batch, ranks divide C")
+    window: Positive = Field(256, description="samples a stream reads at once and permutes among themselves")
+    flip: Share = Field(0.5, description="probability of a horizontal flip")
+    decoder: Literal["auto", "mixed", "cpu"] = Field("auto", description="DALI's decoder: mixed on a GPU, cpu without")
+    threads: Positive | None = Field(None, description="decoder threads a rank; default: the cores of the rank's share")
+    prefetch: Positive = Field(3, description="micro-batches decoded ahead")
+    max_bad: Share = Field(
+        0.01, description="share of unreadable samples (of those seen since the start, at least 100) that stops the run"
+    )
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: float = Field(16.0, gt=0, description="length of the run, passes over the data")
+    steps: Positive | None = Field(None, description="length of the run in optimiser steps, instead of epochs")
+    stop_after: Positive | None = Field(
+        None, description="end this launch after so many further steps, as if it had been told to stop; the schedule stays"
+    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the matrix work; state is always float32")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed's ZeRO stage")
+    threads: Positive | None = Field(None, description="CPU threads of torch a rank; default: the cores of the rank's share")
+    log_every: Positive = Field(20, description="steps between two lines of metrics")
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run, and how often."""
+
+    every: Positive = Field(1000, description="steps between two checkpoints")
+    keep: Positive = Field(3, description="newest checkpoints that are kept")
+    keep_every: NonNegative = Field(0, description="additionally keep each checkpoint whose step is a multiple of this (0: none)")
+
+
+class GuardConfig(Section):
+    """What happens when numbers go wrong."""
+
+    max_bad_steps: Positive = Field(10, description="non-finite steps in a row after which the run stops")
+    collapse_std: float = Field(
+        0.1, ge=0, description="warn when the spread of normalised queries falls under this share of a uniform one's"
+    )
+
+
+class TrackConfig(Section):
+    """Where metrics and pictures go; metrics.jsonl in the run directory is always written."""
+
+    mlflow: str = Field(
+        "local", description="MLflow's tracking URI; 'local' is an sqlite store beside the runs, 'off' is none"
+    )
+    experiment: str = Field("mcf", description="MLflow experiment")
+    images_every: NonNegative = Field(1000, description="steps between two pictures of reconstructions (0: none)")
+    images: Positive = Field(6, description="faces in such a picture")
+    queue: Positive = Field(1000, description="metric records kept for a tracking server that does not answer")
+
+
+class SlurmConfig(Section):
+    """What Slurm is asked for."""
+
+    partition: str | None = Field(None, description="partition")
+    account: str | None = Field(None, description="account")
+    qos: str | None = Field(None, description="quality of service")
+    constraint: str | None = Field(None, description="node features")
+    time: Positive = Field(1440, description="time limit, minutes")
+    mem: str | None = Field(None, description="memory a node, in Slurm's notation (for example 512G)")
+    cpus_per_task: Positive = Field(16, description="cores a rank")
+    warn_seconds: Positive = Field(120, description="how long before the limit the run is told to save itself, seconds")
+    max_requeues: NonNegative = Field(100, description="how often the job may go back to the queue")
+    extra: dict[str, str | int | float | bool] = Field({}, description="further sbatch parameters, by their long names")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field("mcf", description="name of the run; its directory is output/name", pattern=r"^[A-Za-z0-9][\w.+-]*$")
+    output: str = Field("runs", description="folder of run directories")
+    seed: NonNegative = Field(0, description="seed of weights, data order, masks and flips")
+    batch: Positive = Field(4096, description="effective batch: samples of an optimiser step over all ranks")
+    micro_batch: Positive = Field(64, description="samples a rank handles at once; the accumulation is derived")
+    nodes: Positive = Field(1, description="machines")
+    gpus_per_node: Positive = Field(1, description="ranks a machine: one a GPU, or processes where there is no GPU")
+    kernels: Literal["auto", "triton", "reference"] = Field("auto", description="which implementation of the kernels")
+    attention: Literal["auto", "xformers", "sdpa", "math"] = Field("auto", description="which implementation of attention")
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    momentum: MomentumConfig = MomentumConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    track: TrackConfig = TrackConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus_per_node

@@ -1,0 +1,205 @@
+"""Shards: JPEGs in tar files, an index beside each, and one manifest over all.
+
+    DIR/manifest.json            what is in the folder: shards with samples, bytes and checksums
+    DIR/shard-00000.tar          plain webdataset tar: KEY.jpg (and KEY.json beside it), in order
+    DIR/shard-00000.index.npy    one row a sample: where its JPEG lies in the tar, and its key
+
+The index is a plain NumPy array that is memory-mapped: reading a window of samples is one seek and one read, opening a
+shard costs nothing that grows with its length. Everything is written under a temporary name and renamed, so that a
+file under its right name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mcf.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of the manifest: file name, number of samples, size in bytes, sha256 of the tar in hex."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a folder, in order."""
+
+    path: Path
+    shards: tuple[Shard, ...]
+    meta: dict[str, Any]
+
+    @cached_property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard, int64 [shards]."""
+        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the data in 16 hex digits: equal for equal shards in equal order, wherever they lie."""
+        text = json.dumps([[s.name, s.samples, s.sha256] for s in self.shards])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def index(self, shard: int) -> np.ndarray:
+        """The memory-mapped index of a shard: structured rows (offset int64, size int64, key bytes)."""
+        path = index_path(self.path / self.shards[shard].name)
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: unreadable index ({error}); pack the folder again, or restore the file") from None
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of a tar lies."""
+    return tar.with_name(tar.name.removesuffix(".tar") + ".index.npy")
+
+
+def load_manifest(path: str | Path, *, check: bool = True) -> Manifest:
+    """Read the manifest of a folder, and hold it against the files (sizes only: it is done at every start).
+
+    Raises UserError if the folder is missing, empty, not packed, or does not fit its manifest (a truncated tar).
+    """
+    folder = Path(path)
+    remedy = "pack images with: python -m mcf.pack source=IMAGES out=" + str(folder)
+    if not folder.is_dir():
+        raise UserError(f"data.path={folder}: no such folder; {remedy}")
+    file = folder / MANIFEST
+    if not file.exists():
+        what = "the folder is empty" if not any(folder.iterdir()) else f"no {MANIFEST} in it"
+        raise UserError(f"data.path={folder}: {what}; {remedy}")
+    try:
+        content = json.loads(file.read_text())
+        shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in content["shards"])
+        version = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged manifest ({error!r}); {remedy}") from None
+    if version != FORMAT:
+        raise UserError(f"{file}: format {version}, this version reads {FORMAT}; {remedy}")
+    manifest = Manifest(folder, shards, content.get("meta", {}))
+    if not manifest.samples:
+        raise UserError(f"{file}: no samples in it; {remedy}")
+    if check:
+        _hold_against_files(manifest)
+    return manifest
+
+
+def _hold_against_files(manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        tar = manifest.path / shard.name
+        for file in (tar, index_path(tar)):
+            if not file.exists():
+                raise UserError(f"{file}: named by {MANIFEST} but not there; restore it or pack the folder again")
+        size = tar.stat().st_size
+        if size != shard.bytes:
+            raise UserError(
+                f"{tar}: {size} bytes, {MANIFEST} says {shard.bytes} (truncated or changed); "
+                "restore it or pack the folder again"
+            )
+
+
+def write_manifest(path: str | Path, shards: list[Shard], meta: dict[str, Any]) -> Manifest:
+    """Write manifest.json for shards that are in place; the last thing that packing does."""
+    folder = Path(path)
+    content = {
+        "format": FORMAT,
+        "samples": sum(s.samples for s in shards),
+        "meta": meta,
+        "shards": [vars(s) for s in shards],
+    }
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
+    return load_manifest(folder)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there under its name, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class ShardWriter:
+    """Writes one shard: `add` samples in order, `close` puts tar and index in place and returns the Shard.
+
+    Equal samples give equal bytes (member times are zero). Used as a context manager, an error inside leaves
+    nothing behind.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._file = self._temporary.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._rows: list[tuple[int, int, bytes]] = []
+
+    def add(self, key: str, jpeg: bytes, meta: dict[str, Any] | None = None) -> None:
+        """Append a sample: KEY.jpg, and KEY.json if `meta` is given. Keys have no dot and no slash."""
+        header = self._member(f"{key}.jpg", jpeg)
+        self._rows.append((header, len(jpeg), key.encode()))
+        if meta is not None:
+            self._member(f"{key}.json", json.dumps(meta, separators=(",", ":")).encode())
+
+    def _member(self, name: str, content: bytes) -> int:
+        """Append a file to the tar; return where its content starts."""
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        start = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(info, io.BytesIO(content))
+        return start
+
+    def close(self) -> Shard:
+        """Put index and tar in place (in this order: a tar under its name always has its index)."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        width = max((len(key) for _, _, key in self._rows), default=1)
+        index = np.array(self._rows, dtype=[("offset", "<i8"), ("size", "<i8"), ("key", f"S{width}")])
+        buffer = io.BytesIO()
+        np.save(buffer, index)
+        write_atomically(index_path(self.path), buffer.getvalue())
+        with self._temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        size = self._temporary.stat().st_size
+        self._temporary.replace(self.path)
+        return Shard(self.path.name, len(self._rows), size, digest)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,47 @@
+"""What mcf is made of, and the ranges that were tried.
+
+torch comes first and by hand (the Makefile shows how), because only the user knows which build fits the machine:
+DeepSpeed's own setup imports it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mcf/__init__.py").read_text()).group(1)
+
+setup(
+    name="mcf",
+    version=VERSION,
+    description="Pre-training of face encoders on a cluster: Mask Contrastive Face (ACM MM 2023)",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.14",
+    # `kernels` is another project's name on PyPI: ours is a package inside mcf, in a folder of its own.
+    packages=["mcf.kernels", *find_packages(include=["mcf", "mcf.*"]), "mcf.recipes"],
+    package_dir={"mcf": "mcf", "mcf.kernels": "kernels", "mcf.recipes": "recipes"},
+    package_data={"mcf.recipes": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.10,<2.15",
+        "deepspeed>=0.19,<0.20",
+        "triton>=3.6,<3.9",
+        "nvidia-dali-cuda130>=2.1,<3",
+        "submitit>=1.5.2,<2",
+        "xformers>=0.0.33,<0.1",
+        "mlflow>=3.10,<4",
+        "pyyaml>=6,<7",
+        "pydantic>=2.7,<3",
+        "numpy>=1.26,<3",
+        "pillow>=10.3",
+        "scipy>=1.11",
+        "safetensors>=0.4.3",
+        "fsspec>=2024.2",
+        "rich>=13",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    },
+)
