@@ -1,0 +1,38 @@
+"""What all tests share: real data where it is at hand, quiet third parties, one process group at most."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports them: DeepSpeed picks its accelerator, MLflow and DALI speak, at import.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+def _beside(folder: str) -> Path:
+    path = SHARED / folder
+    if not path.exists():
+        if os.environ.get("MCF_REQUIRE_SHARED"):
+            pytest.fail(f"{path} is not there, and MCF_REQUIRE_SHARED says that nothing may be skipped for it")
+        pytest.skip(f"needs {folder} of ../shared, which is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real faces: ../shared/data (never part of the repository)."""
+    return _beside("data")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """One step of the reference as numbers: ../shared/golden."""
+    return _beside("golden")
