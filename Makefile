@@ -1,0 +1,52 @@
+# Two commands: `make demo` and `make test`. Both make .venv and install into it, once.
+#
+#   make demo                     generated faces → shards → a few minutes of pre-training → pictures, metrics, checkpoint
+#   make demo DATA=my/faces       the same on a folder of your own images
+#   make test                     lint, types, tests
+#
+# Which torch: TORCH names the version, PIP_TORCH adds options to the one pip call that installs it. PyPI's wheel is the
+# CUDA build; for a CPU-only machine pass PIP_TORCH="--index-url …" with the CPU index that pytorch.org names, which
+# saves gigabytes. Anything from torch 2.10 on is accepted, also one that is installed in .venv already.
+
+TORCH     ?= torch==2.13.0
+PIP_TORCH ?=
+DATA      ?=
+VENV      ?= .venv
+
+# The first Python on the path that the project runs on.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint install clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	@$(BIN)/python -m mcf.demo $(if $(DATA),data="$(DATA)") $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+# The order matters: torch first, so that nothing else chooses a build of it; then what DeepSpeed's setup.py imports;
+# then DeepSpeed without build isolation, so that it sees that torch; then everything else.
+$(STAMP): setup.py
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10–3.13 on the path; name one with PYTHON=…" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "setuptools>=69" wheel packaging "numpy>=1.26,<3" ninja psutil py-cpuinfo
+	$(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.19,<0.20"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
