@@ -1,0 +1,80 @@
+"""The guard: a non-finite step changes nothing, is written down, and too many in a row end the run.
+
+The engine decides with all ranks whether a step is applied (a non-finite loss or gradient on any of them vetoes it).
+The guard keeps count, leaves the keys of the samples that were in such a step, so that a person can look at them, and
+warns when the queries fall together (collapse), which no loss term shows by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from mcf.config import GuardConfig
+from mcf.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Guard:
+    """Watches the steps of one rank.
+
+    Every rank writes the keys of its own samples, to RUN/bad_steps/step-00000123.rank0.json.
+    """
+
+    def __init__(self, config: GuardConfig, run_dir: Path, rank: int):
+        self.config = config
+        self.folder = Path(run_dir) / "bad_steps"
+        self.rank = rank
+        self.in_a_row = 0
+        self.total = 0
+        self._collapse_told = False
+
+    def observe(self, step: int, applied: bool, keys: list[str], numbers: dict[str, float] | None = None) -> None:
+        """Take note of a step: `keys` of this rank's samples, `numbers` whatever helps to understand it.
+
+        `applied` is the same on all ranks. Raises UserError after `max_bad_steps` in a row that were not.
+        """
+        if applied:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.total += 1
+        file = self._write(step, keys, numbers or {})
+        if self.rank == 0:
+            log.warning("step %d is not finite and was not applied (%d in a row): %s", step, self.in_a_row, file)
+        if self.in_a_row >= self.config.max_bad_steps:
+            raise UserError(
+                f"step {step}: {self.in_a_row} non-finite steps in a row (guard.max_bad_steps="
+                f"{self.config.max_bad_steps}); their sample keys are in {self.folder}; the last checkpoint is good: "
+                "look at the samples, or lower optimizer.blr, then launch again"
+            )
+
+    def _write(self, step: int, keys: list[str], numbers: dict[str, float]) -> Path:
+        file = self.folder / f"step-{step:08d}.rank{self.rank}.json"
+        # Numbers as text: JSON has no NaN.
+        content = {"step": step, "rank": self.rank, "numbers": {k: str(v) for k, v in numbers.items()}, "keys": keys}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content, indent=1))
+        except OSError as error:
+            log.warning("the keys of bad step %d could not be written to %s: %s", step, file, error.strerror)
+        return file
+
+    def watch_collapse(self, step: int, query_std: float) -> bool:
+        """Warn, once per fall, when the spread of the queries says that they are all becoming the same.
+
+        `query_std` is the mean over dimensions of the standard deviation over samples of L2-normalised queries, times
+        √dim: about 1 for queries spread evenly over the sphere, 0 when all are equal.
+        """
+        fallen = query_std < self.config.collapse_std
+        if fallen and not self._collapse_told:
+            log.warning(
+                "step %d: the queries are collapsing: their spread is %.3f of an even one (guard.collapse_std=%g)",
+                step,
+                query_std,
+                self.config.collapse_std,
+            )
+        self._collapse_told = fallen
+        return fallen

@@ -1,0 +1,47 @@
+"""The guard counts bad steps, writes down their samples, and ends a run that does not recover."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from mcf.config import GuardConfig
+from mcf.errors import UserError
+from mcf.guard import Guard
+
+
+def test_bad_steps_are_written_down_and_a_good_one_resets(tmp_path):
+    guard = Guard(GuardConfig(max_bad_steps=3), tmp_path, rank=1)
+    guard.observe(1, True, ["a"])
+    guard.observe(2, False, ["b", "c"], {"grad_norm": float("nan")})
+    guard.observe(3, False, ["d"])
+    guard.observe(4, True, ["e"])
+    guard.observe(5, False, ["f"])
+    guard.observe(6, False, ["g"])
+    assert (guard.total, guard.in_a_row) == (4, 2)
+    written = sorted((tmp_path / "bad_steps").iterdir())
+    assert [p.name for p in written] == [f"step-{s:08d}.rank1.json" for s in (2, 3, 5, 6)]
+    assert json.loads(written[0].read_text()) == {
+        "step": 2,
+        "rank": 1,
+        "numbers": {"grad_norm": "nan"},
+        "keys": ["b", "c"],
+    }
+    with pytest.raises(UserError, match=r"step 7: 3 non-finite steps in a row .*bad_steps"):
+        guard.observe(7, False, ["h"])
+
+
+def test_an_unwritable_folder_does_not_stop_the_run(tmp_path, caplog):
+    (tmp_path / "bad_steps").write_text("a file where the folder should be")
+    Guard(GuardConfig(), tmp_path, rank=0).observe(1, False, ["a"])
+    assert "could not be written" in caplog.text
+
+
+def test_collapse_is_told_once_a_fall(tmp_path, caplog):
+    guard = Guard(GuardConfig(collapse_std=0.2), tmp_path, rank=0)
+    with caplog.at_level(logging.WARNING):
+        told = [guard.watch_collapse(s, v) for s, v in enumerate([1.0, 0.1, 0.1, 0.9, 0.05])]
+    assert told == [False, True, True, False, True]
+    assert caplog.text.count("collapsing") == 2
