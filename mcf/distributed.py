@@ -1,0 +1,293 @@
+"""The process group: who this rank is, which device it has, and the few collectives the project needs.
+
+`join` reads the rank from whoever started the process (torchrun's variables, submitit's local executor, a Slurm step,
+or nobody), starts the group (NCCL with a GPU, gloo without), and leaves every variable behind that DeepSpeed looks for.
+Collectives work on the default group, carry no gradient, and do the same at world size 1 as at any other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mcf.errors import UserError
+
+T = TypeVar("T")
+# torch 2.13 renamed the collective and warns about the old name, which 2.10 alone knows.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Dynamic ports of Linux start at 32768: below it no outgoing connection of somebody else sits on ours by chance.
+PORTS = (20_000, 32_000)
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among all.
+
+    rank: 0 … size−1. size: number of ranks. local_rank: number among the ranks of this host. local_size: ranks on this
+    host. device: where tensors of this rank live. host: name of the machine. cores: CPU cores that are this rank's
+    share (cores it may run on, divided by the ranks of this host that may run on them too; at least 1).
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    host: str
+    cores: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """What the environment says: where this rank stands and where the ranks meet (None for a world of one)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str | None
+    port: int | None
+
+
+def join(backend: str | None = None, timeout: float = 1800.0) -> World:
+    """Join the process group that the environment describes; a world of one where it describes none.
+
+    Args:
+        backend: torch's name of a backend; default nccl with a CUDA device, gloo without.
+        timeout: seconds after which a collective that not all ranks reach ends the run. Long, since the first step
+            compiles kernels on some ranks while others wait; DeepSpeed's own default of 10 minutes is not used.
+
+    Raises:
+        UserError: variables that contradict each other or are missing, no device for this rank, or no meeting.
+    """
+    place = rendezvous(os.environ)
+    device = _device(place.local_rank)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.size),
+        # DeepSpeed takes LOCAL_RANK for the number of the device, which is 0 for all where each sees one GPU only.
+        LOCAL_RANK=str(device.index or 0) if device.type == "cuda" else str(place.local_rank),
+        MASTER_ADDR=place.address or "127.0.0.1",
+        MASTER_PORT=str(place.port or 29500),
+    )
+    if not dist.is_initialized():
+        limit = timedelta(seconds=timeout)
+        try:
+            if place.size == 1:
+                # A store inside the process: no port, hence nothing that two runs on one machine could fight over.
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+            else:
+                dist.init_process_group(backend, init_method="env://", timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"rank {place.rank} of {place.size} could not join the group at {place.address}:{place.port} over "
+                f"{backend}: {error}; check that all ranks started and that MASTER_ADDR is reachable from each"
+            ) from error
+    host = socket.gethostname()
+    # A list of pairs, one a rank: ranks of one host share cores where their affinities overlap.
+    everyone = gather_objects((host, tuple(sorted(available_cores()))))
+    here = [set(cores) for other, cores in everyone if other == host]
+    mine = available_cores()
+    sharers = sum(1 for cores in here if cores & mine)
+    share = min(len(mine) // sharers, max(1, math.floor(cpu_quota() / len(here))))
+    return World(place.rank, place.size, place.local_rank, len(here), device, host, max(1, share))
+
+
+def leave() -> None:
+    """Leave the group; harmless where none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rendezvous(env: Mapping[str, str]) -> Rendezvous:
+    """Read rank and meeting point from torchrun's variables, submitit's local ones, a Slurm step's, or none.
+
+    Raises:
+        UserError: a variable is missing or no number, or a Slurm batch script started us without srun.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        kind = "torchrun"
+    elif env.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in env:
+        names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+        kind = "submitit"
+    elif "SLURM_PROCID" in env:
+        if "SLURM_STEP_ID" not in env and env.get("SLURM_NTASKS", "1") != "1":
+            raise UserError(
+                f"this is a Slurm job of SLURM_NTASKS={env['SLURM_NTASKS']} tasks, but only this process was started: "
+                "start it with srun, one process a task"
+            )
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
+        kind = "slurm"
+    else:
+        return Rendezvous(0, 1, 0, None, None)
+
+    rank, size, local_rank = (_number(env, name) for name in names)
+    if not 0 <= rank < size:
+        raise UserError(f"{names[0]}={rank} is not below {names[1]}={size}")
+    if size == 1:
+        return Rendezvous(rank, size, local_rank, env.get("MASTER_ADDR"), None)
+    address = env.get("MASTER_ADDR") or _address(env, kind)
+    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _port(env, kind)
+    return Rendezvous(rank, size, local_rank, address, port)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if name not in env:
+        raise UserError(f"{name} is not set, but other variables of a distributed start are; set it, or unset them all")
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(f"{name}={env[name]!r} is no whole number") from None
+
+
+def _address(env: Mapping[str, str], kind: str) -> str:
+    """Host of rank 0: the first of the job's nodes."""
+    if kind == "submitit":
+        return "127.0.0.1"
+    if kind == "torchrun":
+        raise UserError("MASTER_ADDR is not set, but WORLD_SIZE is above 1; set it to the host of rank 0")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    if not nodes:
+        raise UserError("SLURM_JOB_NODELIST is not set, so the host of rank 0 is unknown; set MASTER_ADDR to it")
+    if not set(nodes) & set("[,"):
+        return nodes
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"scontrol cannot tell the first host of {nodes} ({error}); set MASTER_ADDR to it") from None
+    if done.returncode or not done.stdout.split():
+        raise UserError(f"scontrol cannot tell the first host of {nodes} ({done.stderr}); set MASTER_ADDR to it")
+    return done.stdout.split()[0]
+
+
+def _port(env: Mapping[str, str], kind: str) -> int:
+    """A port that all ranks of a job agree on without talking: drawn from the job's (and step's) number."""
+    if kind == "torchrun":
+        raise UserError("MASTER_PORT is not set, but WORLD_SIZE is above 1; set it to a free port of MASTER_ADDR")
+    names = ("SUBMITIT_LOCAL_JOB_ID",) if kind == "submitit" else ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    return random.Random("/".join(env.get(name, "") for name in names)).randrange(*PORTS)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count > 1:
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this process sees {count}; start as many ranks a node as it has GPUs "
+            "(gpus_per_node)"
+        )
+    device = torch.device("cuda", local_rank if local_rank < count else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def available_cores() -> set[int]:
+    """Numbers of the CPU cores this process may run on."""
+    try:
+        return set(os.sched_getaffinity(0))
+    except AttributeError:  # no such call on macOS
+        return set(range(os.cpu_count() or 1))
+
+
+def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """Cores' worth of time that a container's cgroup grants to all its processes together; infinite without a limit."""
+    try:
+        quota, period = path.read_text().split()[:2]
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf
+
+
+def set_threads(world: World, threads: int | None = None) -> int:
+    """Give torch this many CPU threads (train.threads), or the rank's share of cores; returns the number."""
+    number = threads or world.cores
+    torch.set_num_threads(number)
+    return number
+
+
+class Gathering:
+    """A gather on its way; `wait` returns its result."""
+
+    def __init__(self, result: Tensor, work: Any):
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        """Wait for all ranks (on a GPU: make the current stream wait) and return [W, …]."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
+def gather_async(tensor: Tensor) -> Gathering:
+    """Start collecting `tensor` ([…], the same shape on all ranks, on the group's device) from every rank."""
+    size = dist.get_world_size()
+    tensor = tensor.detach().contiguous()
+    result = tensor.new_empty((size, *tensor.shape))
+    # Flat views: gloo and NCCL then agree on what a tensor without dimensions, or an empty one, means.
+    work = _all_gather(result.view(-1), tensor.view(-1), async_op=True) if tensor.numel() else None
+    return Gathering(result, work)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """`tensor` ([…], the same shape on all ranks) of every rank: [W, …] in the order of ranks, without gradient."""
+    return gather_async(tensor).wait()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Any picklable value of every rank, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """Mean of `tensor` (floating point) over the ranks, as a new tensor, the same on all."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank: the same answer on all."""
+    agreed = torch.tensor(int(flag), device=_group_device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return bool(agreed.item())
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value (picklable) on every rank; what other ranks pass is ignored."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_group_device())
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    any_rank(False)
+
+
+def _group_device() -> torch.device:
+    if "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,458 @@
+"""The optimiser step over all ranks: the one place that knows DeepSpeed.
+
+    pred, q = engine(images, ids_keep, ids_restore)       bf16 autocast if the recipe says so; state stays float32
+    engine.backward(loss)                                 once a micro-batch; gradients are averaged over micro-batches and ranks
+    result = engine.step(lr)                              once a step; refuses a non-finite gradient, on all ranks alike
+
+Two habits differ from DeepSpeed's own. Whether a step is applied is decided here, before the optimiser is touched: one
+number (the gradient norm) and one flag are agreed by all ranks in one all-reduce and one host synchronisation. And state
+is saved in a layout that knows neither ranks nor ZeRO stages, because DeepSpeed's own files open only where they were
+written. Everything that reaches into DeepSpeed's optimisers stands in the three `_Stage…` classes at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mcf.config import Recipe
+from mcf.distributed import World
+from mcf.errors import UserError, missing_package
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Elements of DeepSpeed's reduction buffer, which it allocates anew each step: its default is 2 GB of float32.
+BUCKET = 50_000_000
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step.
+
+    applied: whether weights, moments and counters changed. grad_norm: L2 norm of the averaged gradient over all
+    parameters, float32 accuracy, the same on all ranks; inf or nan where that is why the step was refused.
+    """
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine:
+    """Trains a module with AdamW under ZeRO stage 0, 1, 2 or 3.
+
+    The weights of rank 0 are copied to all ranks at construction, so build what copies them (the momentum branch)
+    afterwards. Every parameter of the module must be trainable; what is not trained stays outside.
+
+    Args:
+        model: the trained module, float32; it is moved to the rank's device.
+        recipe: its optimizer, train.precision, train.zero_stage and micro_batch are read.
+        accumulation: micro-batches a step; `backward` counts them.
+        world: this rank; the process group must stand (`mcf.distributed.join`).
+        persist: parameters of up to this many elements are not split under stage 3; DeepSpeed's default if None.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+        ValueError: a parameter that is not float32 or not trainable.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, *, accumulation: int, world: World, persist: int | None = None
+    ):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad or parameter.dtype != torch.float32:
+                raise ValueError(f"parameter {name} is frozen or not float32: the engine trains all, in float32")
+        deepspeed = _import_deepspeed(world.device)
+        self.world = world
+        self.accumulation = accumulation
+        self.applied_steps = 0
+        self._micro_step = 0
+        # Fused: one pass over the flat state, on the CPU too (elementwise, so repeatable), and no host
+        # synchronisation for the step counter on a GPU.
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model.to(world.device), recipe.optimizer.weight_decay),
+            lr=recipe.optimizer.lr or recipe.optimizer.blr,
+            betas=recipe.optimizer.betas,
+            eps=recipe.optimizer.eps,
+            fused=True,
+        )
+        config = _deepspeed_config(recipe, model, accumulation, persist)
+        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.module: nn.Module = self._deepspeed.module
+        self._parameters = dict(self.module.named_parameters())
+        stage = _STAGES[recipe.train.zero_stage]
+        self._stage: _Stage = stage(self._deepspeed, list(self._parameters.values()), world)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next micro-batch is the last of its step."""
+        return self._micro_step == self.accumulation - 1
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The module's forward, under autocast where train.precision is bf16. Collective under stage 3.
+
+        Forward and backward alternate: one `backward` for one forward with gradient. Forwards under `torch.no_grad`
+        may stand between them.
+        """
+        return self._deepspeed(*inputs, **named)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the module to training (or evaluation) mode."""
+        self._deepspeed.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's loss (a scalar, the mean over this rank's samples) to the step's.
+
+        Do not divide the loss by anything: the gradient that is applied is the mean over the step's micro-batches and
+        over ranks. Collective.
+        """
+        if self._micro_step == self.accumulation:
+            raise RuntimeError(f"backward after all {self.accumulation} micro-batches of the step: call step() first")
+        # Set by hand rather than left to DeepSpeed's counter, which a discarded step would leave in the middle.
+        self._deepspeed.set_gradient_accumulation_boundary(self.at_boundary)
+        self._deepspeed.backward(loss)
+        self._micro_step += 1
+
+    def step(self, lr: float, finite: Tensor | bool = True) -> StepResult:
+        """Apply the step at learning rate `lr`, or nothing where the gradient or a rank's `finite` flag forbids it.
+
+        A refused step changes neither parameters nor moments nor counters, and the next one starts clean. A norm
+        beyond 1e19 overflows float32 and counts as not finite. One host synchronisation; collective.
+
+        Args:
+            lr: learning rate of all parameters.
+            finite: whether this rank saw only finite losses: bool tensor of any shape (on the device), or a bool.
+        """
+        if self._micro_step != self.accumulation:
+            raise RuntimeError(f"step after {self._micro_step} of {self.accumulation} micro-batches")
+        device = self.world.device
+        refused = torch.as_tensor(finite, device=device).logical_not().any().double()
+        square = torch.nn.utils.get_total_norm(self._stage.gradients()).to(device).double().square()
+        verdict = torch.stack([square, refused])
+        dist.all_reduce(verdict)
+        square_sum, refusals = verdict.tolist()
+        norm = math.sqrt(square_sum) if square_sum >= 0 else math.nan
+        if refusals or not math.isfinite(norm):
+            self.discard()
+            return StepResult(False, norm)
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self._stage.apply(norm)
+        self._micro_step = 0
+        self.applied_steps += 1
+        return StepResult(True, norm)
+
+    def discard(self) -> None:
+        """Forget the gradients of the micro-batches since the last step, on all ranks; the next one begins a step."""
+        self._stage.clear_gradients()
+        self._micro_step = 0
+
+    @contextlib.contextmanager
+    def full_parameters(self) -> Iterator[dict[str, Tensor]]:
+        """Name → full float32 parameter, to be read within the context and not to be written.
+
+        Stages 0 to 2 give the parameters themselves. Stage 3 gathers the whole model on every rank (collective); a
+        momentum branch that is split like the model would need no gather (SYSTEMS 1).
+        """
+        with self._stage.gathered(), torch.no_grad():
+            yield {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state of training, full and on the CPU on rank 0; empty elsewhere. Collective.
+
+        `model.NAME` holds float32 parameters and buffers, `exp_avg.NAME` and `exp_avg_sq.NAME` AdamW's moments,
+        `applied_steps` (int64) its step count. Buffers are rank 0's: with per-rank BatchNorm the running statistics of
+        the others are given up, which training never reads (batch statistics are used), so losses go on unchanged.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for prefix, key in (("model", None), *zip(MOMENTS, MOMENTS)):
+                full = self._stage.read(parameter, key)
+                if self.world.is_main:
+                    state[f"{prefix}.{name}"] = full.detach().to("cpu", copy=True)
+        if self.world.is_main:
+            for name, buffer in self._buffers().items():
+                state[f"model.{name}"] = buffer.detach().to("cpu", copy=True)
+            state["applied_steps"] = torch.tensor(self.applied_steps)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned, under any number of ranks and any ZeRO stage. Collective.
+
+        Every rank passes the whole mapping (CPU tensors; memory-mapped ones cost a rank only the pages it reads).
+        Pending gradients are discarded.
+
+        Raises:
+            UserError: a name is missing or too many, or a shape differs; nothing is changed then.
+        """
+        buffers = self._buffers()
+        shapes = {f"model.{name}": tuple(buffer.shape) for name, buffer in buffers.items()}
+        for name, parameter in self._parameters.items():
+            shapes |= {f"{prefix}.{name}": self._stage.shape(parameter) for prefix in ("model", *MOMENTS)}
+        _check_layout(state, shapes | {"applied_steps": ()})
+
+        self.discard()
+        for name, parameter in self._parameters.items():
+            self._stage.write(parameter, None, state[f"model.{name}"])
+            for moment in MOMENTS:
+                self._stage.write(parameter, moment, state[f"{moment}.{name}"])
+        for name, buffer in buffers.items():
+            buffer.copy_(state[f"model.{name}"])
+        self.applied_steps = int(state["applied_steps"])
+        self._stage.set_step_count(self.applied_steps)
+        self._stage.publish()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        kept = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups: `weight_decay`, and none for biases and whatever has one dimension or less.
+
+    The rule is the reference's (timm's for MAE): class and mask token, of shape [1, 1, width], are decayed.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (free if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing, surplus = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or surplus:
+        raise UserError(
+            f"the checkpoint does not fit the model of the recipe: {len(missing)} tensors are missing "
+            f"({', '.join(missing[:3]) or 'none'}), {len(surplus)} are unknown ({', '.join(surplus[:3]) or 'none'}); "
+            "use the recipe it was written with"
+        )
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(
+                f"the checkpoint does not fit the model of the recipe: {name} has shape {list(state[name].shape)}, "
+                f"the model needs {list(shape)}; use the recipe it was written with"
+            )
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, kept from guessing, compiling and talking."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "deepspeed":
+            raise
+        raise missing_package("deepspeed", "training") from error
+    # On the CPU it would compile its shared-memory collectives at first use, which needs g++, ninja and Python's
+    # headers and saves nothing beside gloo here. Writing the table also spares the probing of all other extensions.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # It calls collectives by the names that torch has since replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")
+    return deepspeed
+
+
+def _deepspeed_config(recipe: Recipe, model: nn.Module, accumulation: int, persist: int | None) -> dict[str, Any]:
+    stage = recipe.train.zero_stage
+    size = sum(parameter.numel() for parameter in model.parameters())
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(size, BUCKET)}
+    if stage in (1, 2):
+        # The norm is ours; DeepSpeed's would cost a second pass and a host synchronisation a parameter group.
+        zero["compute_grad_norm"] = False
+    if stage == 3 and persist is not None:
+        zero["stage3_param_persistence_threshold"] = persist
+    return {
+        "train_micro_batch_size_per_gpu": recipe.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": zero,
+        # Not the bf16 section, which would cast parameters and break BatchNorm. No module is "safe" for gradients
+        # reduced in bfloat16: all are reduced in float32.
+        "torch_autocast": {
+            "enabled": recipe.train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "communication_data_type": "fp32",
+        # Its throughput timer synchronises the device at every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+class _Stage:
+    """ZeRO stage 0: every rank holds everything, and gradients are averaged where autograd leaves them."""
+
+    def __init__(self, engine: Any, parameters: list[nn.Parameter], world: World):
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.parameters = parameters
+        self.world = world
+        # AdamW makes its state at the first step. Made here, a checkpoint has one layout whatever the step, and
+        # memory that does not suffice shows before the first batch.
+        for flat in self.optimised():
+            self.moments[flat] = {
+                "step": torch.zeros((), device=flat.device),
+                **{name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS},
+            }
+
+    @property
+    def moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """AdamW's state, by the tensors that it updates."""
+        return self.engine.basic_optimizer.state
+
+    def optimised(self) -> list[Tensor]:
+        """The tensors AdamW updates on this rank."""
+        return list(self.parameters)
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the averaged gradient: over all ranks, every element stands in it exactly once."""
+        # Full and equal on all ranks after the reduction, so that one rank speaks for all.
+        return [p.grad for p in self.parameters if p.grad is not None] if self.world.is_main else []
+
+    def clear_gradients(self) -> None:
+        self.engine.zero_grad()
+
+    def apply(self, norm: float) -> None:
+        """Run the optimiser on the gradients; `norm` is theirs, finite."""
+        self.engine.step()
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """Within this context parameters are full on every rank."""
+        return contextlib.nullcontext()
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Full shape of a parameter."""
+        return tuple(parameter.shape)
+
+    def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        """Full parameter (None) or moment of it; collective."""
+        return parameter if moment is None else self.moments[parameter][moment]
+
+    def write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        """Set a full parameter (None) or moment of it."""
+        (parameter if moment is None else self.moments[parameter][moment]).copy_(value)
+
+    def set_step_count(self, steps: int) -> None:
+        """Set AdamW's count of steps."""
+        for flat in self.optimised():
+            self.moments[flat]["step"].fill_(steps)
+
+    def publish(self) -> None:
+        """Make parameters that were written known to the forward pass."""
+
+
+class _StageSplit(_Stage):
+    """ZeRO stages 1 and 2: each rank optimises a slice of the two flat groups; parameters are whole everywhere."""
+
+    def __init__(self, engine: Any, parameters: list[nn.Parameter], world: World):
+        super().__init__(engine, parameters, world)
+        # Left to itself DeepSpeed ties the moments to their parameters after the first step.
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def optimised(self) -> list[Tensor]:
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def gradients(self) -> list[Tensor]:
+        # Slices are padded with zeros, which no norm feels.
+        return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
+
+    def clear_gradients(self) -> None:
+        # What DeepSpeed does itself when a float16 step overflows.
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffers in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+            for group in buffers:
+                buffers[group] = None
+        self.optimizer.micro_step_id = -1
+
+    def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return parameter if moment is None else safe_get_full_optimizer_state(parameter, moment)
+
+    def write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if moment is None:
+            parameter.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+
+class _StageSharded(_Stage):
+    """ZeRO stage 3: of every parameter each rank holds one piece of equal length, the last one padded."""
+
+    def __init__(self, engine: Any, parameters: list[nn.Parameter], world: World):
+        super().__init__(engine, parameters, world)
+        self._norm = math.nan
+        # DeepSpeed has no switch for its own norm under this stage (a collective and a host synchronisation a group).
+        self.optimizer._get_norm_groups = lambda: [torch.tensor(self._norm)]
+
+    def optimised(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def gradients(self) -> list[Tensor]:
+        pieces = []
+        for group, gradients in self.optimizer.averaged_gradients.items():
+            for parameter, piece in zip(self.optimizer.fp16_groups[group], gradients):
+                real = parameter.ds_numel - self.world.rank * piece.numel()
+                pieces.append(piece.view(-1)[: max(0, real)])
+        return pieces
+
+    def clear_gradients(self) -> None:
+        # The beginning of DeepSpeed's own step and its way out of an overflow.
+        self.optimizer._pre_step()
+        self.optimizer._partition_all_parameters()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.averaged_gradients = {}
+        self.optimizer._post_step(set())
+
+    def apply(self, norm: float) -> None:
+        self._norm = norm
+        super().apply(norm)
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(self.parameters)
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if moment is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    def write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        length = parameter.ds_tensor.numel()
+        piece = value.flatten()[self.world.rank * length :][:length]
+        piece = nn.functional.pad(piece, (0, length - piece.numel()))
+        if moment is None:
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, moment)
+
+    def publish(self) -> None:
+        self.optimizer._partition_all_parameters()
+        for group in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer._post_step(set())
+
+
+_STAGES = {0: _Stage, 1: _StageSplit, 2: _StageSplit, 3: _StageSharded}
