@@ -18,9 +18,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """One block of a recipe: unknown keys are refused, values do not change after the checks."""
+    """One block of a recipe: unknown keys are refused, numbers are finite, values do not change after the checks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class DecoderConfig(Section):
@@ -37,7 +37,8 @@ class HeadsConfig(Section):
     hidden: Positive = Field(4096, description="width of the hidden layer")
     dim: Positive = Field(256, description="width of a query or key")
     batch_norm: Literal["per_rank", "synchronised"] = Field(
-        "per_rank", description="statistics of the heads' BatchNorm: of each rank alone (the reference), or of all ranks"
+        "per_rank",
+        description="statistics of the heads' BatchNorm: of each rank alone (the reference), or of all ranks",
     )
 
 
@@ -79,9 +80,12 @@ class ModelConfig(Section):
 class MaskConfig(Section):
     """The random masks of the two branches."""
 
-    ratio: float = Field(0.75, ge=0, lt=1, description="share of the patches that is dropped; int(L·(1−ratio)) are kept")
+    ratio: float = Field(
+        0.75, ge=0, lt=1, description="share of the patches that is dropped; int(L·(1−ratio)) are kept"
+    )
     momentum: Literal["independent", "same", "none"] = Field(
-        "independent", description="mask of the momentum branch: drawn on its own, the encoder's, or all patches visible"
+        "independent",
+        description="mask of the momentum branch: drawn on its own, the encoder's, or all patches visible",
     )
 
 
@@ -95,11 +99,16 @@ class TeacherConfig(Section):
     )
     path: str | None = Field(None, description="file or run directory the weights are read from")
     branch: Literal["encoder", "momentum"] = Field("encoder", description="which branch of an own checkpoint teaches")
-    taps: tuple[NonNegative, ...] = Field((2, 5, 8, 11), description="blocks whose outputs are compared, counted from 0")
+    taps: tuple[NonNegative, ...] = Field(
+        (2, 5, 8, 11), description="blocks whose outputs are compared, counted from 0"
+    )
     heads: Positive = Field(12, description="attention heads (no file states them)")
     width: Positive = Field(768, description="width of a random teacher; files bring their own")
     depth: Positive = Field(12, description="blocks of a random teacher; files bring their own")
     patch_size: Positive = Field(16, description="patch side of a random teacher, pixels; files bring their own")
+    allow_random: bool = Field(
+        False, description="let teacher.source=random pass: it shows that a run works, and teaches nothing"
+    )
 
 
 class LossConfig(Section):
@@ -131,7 +140,9 @@ class MomentumConfig(Section):
     """The momentum encoder's moving average."""
 
     value: Share = Field(0.99, description="m of p ← m·p + (1−m)·p_encoder")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="m constant, or rising to 1 by a half-cosine")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="m constant, or rising to 1 by a half-cosine"
+    )
     update: Literal["micro_batch", "step"] = Field(
         "micro_batch", description="when the average moves: before the keys of every micro-batch (the reference), or "
         "once after every applied optimiser step"
@@ -157,7 +168,9 @@ class DataConfig(Section):
     samples: Positive | None = Field(
         None, description="samples in the folder, for plans made where the folder is not; checked against the manifest"
     )
-    streams: Positive = Field(512, description="logical streams C the data set is read as; C divides batch, ranks divide C")
+    streams: Positive = Field(
+        512, description="logical streams C the data set is read as; C divides batch, ranks divide C"
+    )
     window: Positive = Field(256, description="samples a stream reads at once and permutes among themselves")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
     decoder: Literal["auto", "mixed", "cpu"] = Field("auto", description="DALI's decoder: mixed on a GPU, cpu without")
@@ -174,11 +187,16 @@ class TrainConfig(Section):
     epochs: float = Field(16.0, gt=0, description="length of the run, passes over the data")
     steps: Positive | None = Field(None, description="length of the run in optimiser steps, instead of epochs")
     stop_after: Positive | None = Field(
-        None, description="end this launch after so many further steps, as if it had been told to stop; the schedule stays"
+        None,
+        description="end this launch after so many further steps, as if it had been told to stop; the schedule stays",
     )
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the matrix work; state is always float32")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="precision of the matrix work; state is always float32"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed's ZeRO stage")
-    threads: Positive | None = Field(None, description="CPU threads of torch a rank; default: the cores of the rank's share")
+    threads: Positive | None = Field(
+        None, description="CPU threads of torch a rank; default: the cores of the rank's share"
+    )
     log_every: Positive = Field(20, description="steps between two lines of metrics")
 
 
@@ -187,7 +205,9 @@ class CheckpointConfig(Section):
 
     every: Positive = Field(1000, description="steps between two checkpoints")
     keep: Positive = Field(3, description="newest checkpoints that are kept")
-    keep_every: NonNegative = Field(0, description="additionally keep each checkpoint whose step is a multiple of this (0: none)")
+    keep_every: NonNegative = Field(
+        0, description="additionally keep each checkpoint whose step is a multiple of this (0: none)"
+    )
 
 
 class GuardConfig(Section):
@@ -229,7 +249,9 @@ class SlurmConfig(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field("mcf", description="name of the run; its directory is output/name", pattern=r"^[A-Za-z0-9][\w.+-]*$")
+    name: str = Field(
+        "mcf", description="name of the run; its directory is output/name", pattern=r"^[A-Za-z0-9][\w.+-]*$"
+    )
     output: str = Field("runs", description="folder of run directories")
     seed: NonNegative = Field(0, description="seed of weights, data order, masks and flips")
     batch: Positive = Field(4096, description="effective batch: samples of an optimiser step over all ranks")
@@ -237,7 +259,9 @@ class Recipe(Section):
     nodes: Positive = Field(1, description="machines")
     gpus_per_node: Positive = Field(1, description="ranks a machine: one a GPU, or processes where there is no GPU")
     kernels: Literal["auto", "triton", "reference"] = Field("auto", description="which implementation of the kernels")
-    attention: Literal["auto", "xformers", "sdpa", "math"] = Field("auto", description="which implementation of attention")
+    attention: Literal["auto", "xformers", "sdpa", "math"] = Field(
+        "auto", description="which implementation of attention"
+    )
     model: ModelConfig = ModelConfig()
     mask: MaskConfig = MaskConfig()
     teacher: TeacherConfig = TeacherConfig()
