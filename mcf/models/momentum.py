@@ -1,0 +1,73 @@
+"""The momentum branch: a moving average of encoder and projector, which makes the keys (He et al. 2020; METHOD 1, "EMA").
+
+It stands outside the trained module, so that DeepSpeed neither partitions nor casts it: always float32, since in
+bfloat16 an average with m = 0.99 loses most of its updates to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mcf.models.mcf import MCF
+
+
+class MomentumBranch(nn.Module):
+    """Momentum encoder and projector, a copy of the student's at the start.
+
+    It gets no gradient and stays in training mode for good: its BatchNorm takes the statistics of the batch, as the
+    reference's does, and its running statistics move on their own. Parameter names are the student's.
+    """
+
+    def __init__(self, student: MCF):
+        super().__init__()
+        self.encoder = copy.deepcopy(student.encoder)
+        self.projector = copy.deepcopy(student.projector)
+        self.requires_grad_(False)
+        self.train()
+        self._saved: list[Tensor] | None = None
+
+    def train(self, mode: bool = True) -> MomentumBranch:
+        return super().train(True)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Keys [B, dim], not normalised, of uint8 images [B, H, W, 3] seen through a mask (None: all patches)."""
+        return self.projector(self.encoder(images, ids_keep)[:, 0])
+
+    @torch.no_grad()
+    def update(self, named_parameters: Mapping[str, Tensor], m: float) -> None:
+        """p ← m·p + (1−m)·p_student for every parameter; buffers are left alone.
+
+        Args:
+            named_parameters: the student's full float32 parameters by the names of `MCF`; further ones are ignored.
+            m: the average's memory, 0 to 1.
+
+        Raises:
+            KeyError: a parameter of this branch is not among them.
+        """
+        ours = dict(self.named_parameters())
+        torch._foreach_lerp_(list(ours.values()), [named_parameters[name] for name in ours], 1 - m)
+
+    @torch.no_grad()
+    def snapshot(self) -> None:
+        """Remember parameters and buffers as they are now, for `restore`. Memory for one copy is kept from then on."""
+        state = self._state()
+        if self._saved is None:
+            self._saved = [torch.empty_like(tensor) for tensor in state]
+        for saved, tensor in zip(self._saved, state):
+            saved.copy_(tensor)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to the last `snapshot`: a step that was not applied has changed nothing."""
+        if self._saved is None:
+            raise RuntimeError("MomentumBranch.restore() before any snapshot()")
+        for saved, tensor in zip(self._saved, self._state()):
+            tensor.copy_(saved)
+
+    def _state(self) -> list[Tensor]:
+        return [*self.parameters(), *self.buffers()]

@@ -1,0 +1,183 @@
+"""The vision transformer: encoder, momentum encoder and teacher are one class, and the decoder uses its blocks.
+
+    images ──► patches that are visible ──► linear + position ──► class token first ──► blocks ──► norm
+
+Pre-norm blocks, biases in qkv, LayerNorm ε 1e-6 (METHOD 1; Dosovitskiy et al. 2021). Parameters have timm's names
+and layouts, so that a state dict goes to and from `vit_base_patch16_224` unchanged. Only visible patches are read
+from the image and embedded: a quarter of the work of embedding all and dropping most.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mcf.attention import attention
+from mcf.kernels import patch_gather
+from mcf.models.patches import MEAN, STD
+
+NORM_EPS = 1e-6
+
+
+class Linear(nn.Linear):
+    """A linear layer as MAE initialises it: Xavier-uniform weight, zero bias."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, width] → [B, N, width]."""
+
+    def __init__(self, width: int, heads: int, implementation: str = "auto"):
+        super().__init__()
+        self.heads = heads
+        self.implementation = implementation
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).unbind(2)
+        return self.proj(attention(q, k, v, self.implementation).reshape(batch, tokens, width))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, [B, N, width] → [B, N, width]."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, [B, N, width] → [B, N, width]."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, attention: str = "auto"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads, attention)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, round(width * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens, with the weight in a convolution's layout, `proj.weight` [width, 3, P, P]."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = PatchProjection(patch_size, width)
+
+    def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Images (uint8 [B, H, W, 3], or normalised float [B, 3, H, W]) → tokens of the patches `ids` [B, K, width]."""
+        return self.proj(patch_gather(images, ids, self.patch_size, MEAN, STD))
+
+
+class PatchProjection(nn.Module):
+    """The linear map of patch vectors [B, K, 3·P·P] to tokens [B, K, width], initialised as a Linear (METHOD 1)."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_uniform_(self.weight.data.view(width, -1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class VisionTransformer(nn.Module):
+    """A plain ViT over square images.
+
+    `pos_embed` [1, 1+L, width] is a buffer: the fixed sin-cos table of our own encoders, the table of its file for a
+    teacher. It is persistent, under timm's name, so that every state dict is a whole ViT.
+
+    Args:
+        image_size: side of the images, pixels.
+        patch_size: side P of a patch, pixels, which divides image_size.
+        width, depth, heads: of the transformer.
+        mlp_ratio: hidden width of the MLPs / width.
+        attention: one of `mcf.attention.IMPLEMENTATIONS`.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.width = width
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+        self.register_buffer("pos_embed", sincos_positions(width, image_size // patch_size)[None])
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The blocks' input [B, 1+K, width]: class token, then the patches `ids` (all if None), positions added."""
+        tokens = self.patch_embed(images, ids)
+        # The sum with the table brings the stream to float32 under autocast, where it stays.
+        table = self.pos_embed[0, 1:]
+        tokens = tokens + (table if ids is None else table[ids])
+        first = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
+
+    def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Normalised output tokens [B, 1+K, width] of the visible patches `ids`, class token first.
+
+        Args:
+            images: uint8 [B, H, W, 3], or normalised float [B, 3, H, W].
+            ids: visible patches, int64 [B, K]; None for all of them, in order.
+        """
+        tokens = self.embed(images, ids)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def features(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """Outputs [B, 1+L, width] of the blocks `taps` (counted from 0), before the final norm; later blocks are skipped."""
+        tokens, outputs = self.embed(images), {}
+        for index, block in enumerate(self.blocks[: max(taps) + 1]):
+            tokens = block(tokens)
+            outputs[index] = tokens
+        return [outputs[tap] for tap in taps]
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """MAE's fixed 2-D position table: float32 [1 + grid², width], zeros for the class token first.
+
+    The first half of the width encodes the column, the second the row (the other way round than MoCo v3); each half is
+    sin then cos of position · 10000^(−2i/half).
+    """
+    if width % 4:
+        raise ValueError(f"sincos_positions: width={width} is no multiple of 4")
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = line[None].expand(grid, grid, -1)
+    rows = line[:, None].expand(grid, grid, -1)
+    table = torch.cat([columns, rows], dim=-1).reshape(grid * grid, width)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
