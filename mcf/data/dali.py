@@ -1,0 +1,183 @@
+"""JPEG bytes to images with DALI, on a GPU or without one: the only door to it.
+
+    external_source ── decoders.image (mixed on a GPU, else cpu) ── resize ── mirror ── uint8 [b, H, W, 3]
+
+One micro-batch goes in and comes out at a time, so that a batch that fails is known; overlap comes from the loader's
+thread and from DALI's own. The pictures are resized to a square with bilinear interpolation and antialiasing (the
+triangle filter, as torchvision's Resize does on a PIL image), and not normalised: that is done where the pixels are
+used. jpeg_fancy_upsampling makes the GPU upsample chroma as libjpeg does.
+
+One JPEG that does not decode makes DALI fail the batch and declare the pipeline dead. `Decoder.decode` then raises
+`Undecodable` with the samples that fail on their own, and goes on with a new pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcf.errors import UserError, missing_package
+
+MAX_PIXELS = 1 << 26  # a header that claims more is damaged; decoding it would take gigabytes
+
+
+class Undecodable(Exception):
+    """Some images of a batch do not decode: `reasons` maps their places in the batch to why."""
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__(f"{len(reasons)} images do not decode: {reasons}")
+        self.reasons = reasons
+
+
+def jpeg_size(jpeg: np.ndarray) -> tuple[int, int] | None:
+    """Height and width that the header of a JPEG (uint8 [bytes]) states; None if it is no JPEG or breaks off before."""
+    if len(jpeg) < 4 or jpeg[0] != 0xFF or jpeg[1] != 0xD8:
+        return None
+    data, at = jpeg.data, 2
+    while at + 9 <= len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame, of any coding
+            return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+        elif marker in (0xD9, 0xDA):  # end of image, start of scan: the frame should have come before
+            return None
+        else:
+            at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD7 else 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+class Decoder:
+    """Decodes micro-batches of up to `batch` JPEGs to uint8 [b, image_size, image_size, 3] on `device`.
+
+    decoder: "mixed" decodes on the GPU, "cpu" on `threads` cores; "auto" is mixed on a GPU. Not for several threads at
+    once.
+    """
+
+    def __init__(self, image_size: int, batch: int, *, device: torch.device, decoder: str = "auto", threads: int = 2):
+        if decoder == "mixed" and device.type != "cuda":
+            raise UserError(f"data.decoder=mixed needs a GPU, and this rank has none ({device}); use auto or cpu")
+        self.image_size, self.batch, self.device, self.threads = image_size, batch, device, threads
+        self._mixed = device.type == "cuda" and decoder != "cpu"
+        self._dali = _import_dali()
+        self._pipelines: dict[bool, Any] = {}
+
+    def decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
+        """Images of the JPEGs (uint8 [bytes] each), those with `mirror` (bool [b]) flipped left to right.
+
+        Raises Undecodable when some of them are no images; the next call works again.
+        """
+        sizes = [jpeg_size(jpeg) for jpeg in jpegs]
+        absurd = {i: why for i, size in enumerate(sizes) if (why := _absurd(size))}
+        if absurd:
+            raise Undecodable(absurd)
+        # Resizing to the same size changes nothing (a test holds DALI to it), but costs more than the decoding.
+        resize = any(size != (self.image_size, self.image_size) for size in sizes)
+        try:
+            return self._run(resize, jpegs, mirror)
+        except RuntimeError:
+            self._pipelines.clear()
+            reasons = self._broken(resize, jpegs)
+            if reasons:
+                raise Undecodable(reasons) from None
+            return self._run(resize, jpegs, mirror)  # no image is to blame: let a second failure speak for itself
+
+    def close(self) -> None:
+        """Let the pipelines and their buffers go."""
+        self._pipelines.clear()
+
+    def _broken(self, resize: bool, jpegs: Sequence[np.ndarray]) -> dict[int, str]:
+        """Try the images one by one: which fail, and DALI's reason. A new pipeline after each failure (4 ms)."""
+        failures = ((i, self._failure(resize, jpeg)) for i, jpeg in enumerate(jpegs))
+        return {i: reason for i, reason in failures if reason}
+
+    def _failure(self, resize: bool, jpeg: np.ndarray) -> str | None:
+        try:
+            self._run(resize, [jpeg], np.zeros(1, dtype=bool))
+        except RuntimeError as error:
+            self._pipelines.clear()
+            return _reason(error)
+        return None
+
+    def _run(self, resize: bool, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
+        if resize not in self._pipelines:
+            self._pipelines[resize] = self._build(resize)
+        (images,) = self._pipelines[resize].run(jpegs=list(jpegs), mirror=mirror.astype(np.int32))
+        return self._to_torch(images)
+
+    def _build(self, resize: bool):
+        fn, types, pipeline, _ = self._dali
+        on_gpu = self.device.type == "cuda"
+        pipe = pipeline(
+            batch_size=self.batch,
+            num_threads=self.threads,
+            device_id=_index(self.device) if on_gpu else None,
+            prefetch_queue_depth=1,
+            seed=0,
+        )
+        with pipe:
+            jpegs = fn.external_source(name="jpegs", device="cpu", dtype=types.UINT8, ndim=1, batch=True)
+            mirror = fn.external_source(name="mirror", device="cpu", dtype=types.INT32, ndim=0, batch=True)
+            images = fn.decoders.image(
+                jpegs, device="mixed" if self._mixed else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
+            )
+            if resize:
+                side = {"resize_x": self.image_size, "resize_y": self.image_size}
+                images = fn.resize(images, **side, interp_type=types.INTERP_LINEAR, antialias=True)
+            images = fn.crop_mirror_normalize(images, dtype=types.UINT8, output_layout="HWC", mirror=mirror)
+            pipe.set_outputs(images)
+        pipe.build()
+        return pipe
+
+    def _to_torch(self, images) -> Tensor:
+        """Copy out of DALI's buffer, which the next run writes over."""
+        if self._mixed:
+            dense = images.as_tensor()
+            result = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
+            stream = torch.cuda.current_stream(self.device)
+            self._dali[3](dense, result, cuda_stream=stream)
+            stream.synchronize()
+            return result
+        result = torch.from_numpy(np.array(images.as_tensor()))
+        return result if self.device.type == "cpu" else result.pin_memory().to(self.device)
+
+
+def _import_dali():
+    """(fn, types, Pipeline, feed_ndarray), imported where a loader is made and not before."""
+    # Without a driver the codecs report every GPU library they cannot open; a decode that fails is raised, not logged.
+    os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "0")
+    try:
+        from nvidia.dali import Pipeline, fn, types
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+    except ImportError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise missing_package("nvidia-dali", "reading shards", "nvidia-dali-cuda130") from None
+    return fn, types, Pipeline, feed_ndarray
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def _absurd(size: tuple[int, int] | None) -> str | None:
+    """What is wrong with the size a header states, before anything is decoded."""
+    if size is None:
+        return "no JPEG header"
+    height, width = size
+    if not 0 < height * width <= MAX_PIXELS:
+        return f"header claims {width}x{height} pixels"
+    return None
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's message that says what failed."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line.rstrip(" :") for line in lines if "decode" in line and "operator" not in line), "does not decode")

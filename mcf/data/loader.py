@@ -1,0 +1,302 @@
+"""The loader: order → reader → decoder, in a thread of its own, a few micro-batches ahead of training.
+
+    positions of this rank ── Reader.take ── JPEGs ── flips from (seed, position) ── Decoder.decode ── Batch ── queue
+
+The sequence of samples over all ranks is that of `mcf.data.order`, whatever the ranks, the micro-batch, the threads and
+the restarts. A sample that cannot be read or decoded does not change the sequence: it keeps its position, its key and
+its flip, and is shown the picture of the nearest good sample after it in its shard (`Reader.neighbours`), which depends
+on its place alone. It is named and counted, and too many of them end the run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcf.config import DataConfig
+from mcf.data.dali import Decoder, Undecodable
+from mcf.data.order import Order
+from mcf.data.reader import PAUSES, Reader, Sample, Stored
+from mcf.data.shards import load_manifest
+from mcf.errors import UserError
+from mcf.kernels import FLIP, uniform
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 4  # micro-batches beyond those decoded whose windows are being read
+_NAMED = 5  # bad samples that an error names
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one rank.
+
+    images: uint8 [b, H, W, 3] on the device, flipped already, not normalised. positions: int64 [b] on the device,
+    samples seen before each. keys: of the samples that stand at these positions, whether they could be read or not.
+    """
+
+    images: Tensor
+    positions: Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read or decoded, each time it came up; `substitute` is the key shown instead."""
+
+    position: int
+    shard: str
+    row: int
+    key: str
+    reason: str
+    substitute: str
+
+
+class Loader:
+    """Micro-batches of one rank without end, from `start` samples seen (a multiple of `batch`).
+
+    `iter(loader)` begins at `start` (and ends an iteration before it). `close()` ends its threads; a closed loader can
+    be iterated again. `wait` is how many seconds the last `next()` waited for its batch.
+
+    threads: decoder threads where data.threads is not set; default: the cores this process may run on, shared with
+    the other ranks of the machine as LOCAL_WORLD_SIZE counts them.
+
+    Raises UserError for a folder that is not what it should be, for numbers that do not fit each other, and, out of
+    `next()`, when the share of bad samples (of those this iteration has seen, at least 100) is over data.max_bad.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        batch: int,
+        micro_batch: int,
+        seed: int,
+        image_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+        start: int = 0,
+        threads: int | None = None,
+        pauses: tuple[float, ...] = PAUSES,
+    ):
+        if data.path is None:
+            raise UserError("data.path is not set; give the folder that mcf.pack wrote: data.path=FOLDER")
+        self.manifest = load_manifest(data.path)
+        if data.samples not in (None, self.manifest.samples):
+            raise UserError(
+                f"data.samples={data.samples}, but {data.path} has {self.manifest.samples}; "
+                f"set data.samples={self.manifest.samples} or leave it out"
+            )
+        self.order = Order(self.manifest.counts, batch=batch, streams=data.streams, window=data.window, seed=seed)
+        _check_ranks(batch, micro_batch, data.streams, world_size)
+        if start % batch:
+            raise UserError(
+                f"start={start} samples seen is no multiple of batch={batch}; resume with the run's own batch"
+            )
+        self.data, self.batch, self.micro_batch, self.seed = data, batch, micro_batch, seed
+        self.image_size, self.rank, self.world_size, self.start = image_size, rank, world_size, start
+        self.device = torch.device(device)
+        self.threads = data.threads or threads or _share_of_cores()
+        self.pauses = pauses
+        self.wait = 0.0
+        self._bad: queue.SimpleQueue[BadSample] = queue.SimpleQueue()
+        self._producer: _Producer | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._producer = producer = _Producer(self, self._bad)
+        return self._follow(producer)
+
+    def take_bad(self) -> list[BadSample]:
+        """The bad samples found since this was last asked (by the thread that runs ahead: some are not delivered yet)."""
+        found = []
+        while not self._bad.empty():
+            found.append(self._bad.get())
+        return found
+
+    def close(self) -> None:
+        """End the threads of the running iteration."""
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def _follow(self, producer: _Producer) -> Iterator[Batch]:
+        try:
+            while True:
+                began = time.perf_counter()
+                batch = producer.get()
+                self.wait = time.perf_counter() - began
+                yield batch
+        finally:
+            producer.close()
+
+
+class _Producer:
+    """The thread that makes batches, and its queue. The first error ends it, and is raised where batches are taken."""
+
+    def __init__(self, loader: Loader, bad: queue.SimpleQueue[BadSample]):
+        self.loader, self.bad = loader, bad
+        self.seen = 0
+        self.bad_seen = 0
+        self.recent: deque[str] = deque(maxlen=_NAMED)
+        self.undecodable: dict[tuple[int, int], str] = {}  # (shard, row) → reason: not tried again in later epochs
+        self.ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=loader.data.prefetch)
+        self.closing = threading.Event()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name="mcf-loader", daemon=True)
+        self.thread.start()
+        atexit.register(self.close)  # a thread inside DALI when the interpreter goes would crash it
+
+    def get(self) -> Batch:
+        """The next batch, or the error that ended the thread, for as often as it is asked."""
+        if self.error is None:
+            item = self.ready.get()
+            if not isinstance(item, BaseException):
+                return item
+            self.error = item
+        raise self.error
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self.closing.set()
+        if self.error is None:
+            self.error = RuntimeError("this loader is closed")
+        atexit.unregister(self.close)
+        if threading.current_thread() is self.thread:  # the collector may run anywhere
+            return
+        while self.thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # make room: the thread may be waiting to put
+                self.ready.get_nowait()
+            self.thread.join(0.01)
+
+    def _run(self) -> None:
+        loader = self.loader
+        reader = decoder = None
+        try:
+            reader = Reader(
+                loader.manifest,
+                loader.order,
+                rank=loader.rank,
+                world_size=loader.world_size,
+                start=loader.start,
+                ahead=_AHEAD * loader.micro_batch,
+                pauses=loader.pauses,
+            )
+            if loader.device.type == "cuda":
+                torch.cuda.set_device(loader.device)
+            decoder = Decoder(
+                loader.image_size,
+                loader.micro_batch,
+                device=loader.device,
+                decoder=loader.data.decoder,
+                threads=loader.threads,
+            )
+            while not self.closing.is_set():
+                self._put(self._make(reader, decoder))
+        except BaseException as error:  # the one who waits for a batch must hear of everything
+            self._put(error)
+        finally:
+            if reader is not None:
+                reader.close()
+            if decoder is not None:
+                decoder.close()
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self.closing.is_set():
+            with contextlib.suppress(queue.Full):
+                self.ready.put(item, timeout=0.1)
+                return
+
+    def _make(self, reader: Reader, decoder: Decoder) -> Batch:
+        samples = reader.take(self.loader.micro_batch)
+        self.seen += len(samples)
+        positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
+        mirror = (uniform(self.loader.seed, positions, FLIP) < self.loader.data.flip).numpy()
+        images = self._decode(samples, mirror, reader, decoder)
+        return Batch(images, positions.to(self.loader.device), [sample.stored.key for sample in samples])
+
+    def _decode(self, samples: list[Sample], mirror: np.ndarray, reader: Reader, decoder: Decoder) -> Tensor:
+        """Decode a micro-batch; what cannot be decoded is replaced until all can."""
+        jpegs = [sample.stored.jpeg for sample in samples]
+        reasons = {i: reason for i, sample in enumerate(samples) if (reason := self._known(sample.stored))}
+        while True:
+            self._refuse_too_many(samples, reasons)
+            for i, reason in reasons.items():
+                jpegs[i] = self._stand_in(samples[i], reason, reader, decoder)
+            try:
+                return decoder.decode(jpegs, mirror)  # type: ignore[arg-type]  # None is replaced above
+            except Undecodable as error:
+                reasons = error.reasons
+                self.undecodable |= {(samples[i].stored.shard, samples[i].stored.row): reasons[i] for i in reasons}
+
+    def _known(self, stored: Stored) -> str | None:
+        """Why a sample is bad, if that is known before decoding it."""
+        return stored.error if stored.jpeg is None else self.undecodable.get((stored.shard, stored.row))
+
+    def _stand_in(self, sample: Sample, reason: str, reader: Reader, decoder: Decoder) -> np.ndarray:
+        """The JPEG of the first good neighbour, found once a sample; the sample is reported each time it comes up."""
+        stored = sample.stored
+        name = self.loader.manifest.shards[stored.shard].name
+        for candidate in reader.neighbours(stored.shard, stored.row):
+            if self.closing.is_set():
+                break
+            try:
+                decoder.decode([candidate.jpeg], np.zeros(1, dtype=bool))  # type: ignore[list-item]
+            except Undecodable:
+                continue
+            bad = BadSample(sample.position, name, stored.row, stored.key, reason, candidate.key)
+            self.bad.put(bad)
+            log.warning("bad sample %s in %s: %s; shown instead: %s", bad.key, bad.shard, bad.reason, bad.substitute)
+            return candidate.jpeg  # type: ignore[return-value]
+        raise UserError(f"{name}: {stored.key} is unreadable ({reason}) and so is all around it; restore the shard")
+
+    def _refuse_too_many(self, samples: list[Sample], reasons: dict[int, str]) -> None:
+        """Count bad samples against data.max_bad."""
+        if not reasons:
+            return
+        shards = self.loader.manifest.shards
+        for i, reason in reasons.items():
+            self.recent.append(f"{samples[i].stored.key} in {shards[samples[i].stored.shard].name} ({reason})")
+        self.bad_seen += len(reasons)
+        limit = self.loader.data.max_bad
+        if self.bad_seen > limit * max(self.seen, 100):
+            raise UserError(
+                f"{self.bad_seen} of {self.seen} samples could not be read, more than data.max_bad={limit} allows; "
+                f"the last: {', '.join(self.recent)}; mend the folder, or raise data.max_bad"
+            )
+
+
+def _check_ranks(batch: int, micro_batch: int, streams: int, world_size: int) -> None:
+    """The global batch must be a whole number of micro-batches of all ranks, and each rank own whole streams."""
+    if streams % world_size:
+        raise UserError(
+            f"{world_size} ranks do not divide data.streams={streams}; set data.streams to a multiple of {world_size} "
+            f"that divides batch={batch}, or use another number of ranks"
+        )
+    if batch % (world_size * micro_batch):
+        raise UserError(
+            f"batch={batch} is no multiple of {world_size} ranks · micro_batch={micro_batch}; "
+            f"set micro_batch to a divisor of {batch // world_size}"
+        )
+
+
+def _share_of_cores() -> int:
+    """Cores this process may run on, shared with the other ranks of the machine."""
+    try:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError:
+        local = 1
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local))

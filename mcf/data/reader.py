@@ -1,0 +1,236 @@
+"""From the order to bytes: the windows of a rank's streams, read ahead.
+
+    Reader.take(n)   the rank's next n samples, as JPEG bytes
+      ├─ looks ahead along the rank's positions, and hands each window that comes into sight to a few threads
+      ├─ a thread reads a window with one contiguous read a shard (ShardFiles), and cuts the JPEGs out of it
+      └─ a sample's bytes are let go when it is taken: what is held is the windows begun and those in sight
+
+A read that fails is tried again for some seconds (network file systems answer EIO and ESTALE while they fail over);
+after that its samples are taken as bad: named, with the reason, and left to the loader. No error here ends a run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mcf.data.order import Order, Segment
+from mcf.data.shards import Manifest, index_path
+
+PAUSES = (0.1, 0.5, 2.0)  # seconds before each further try of a failed read
+_THREADS = 4  # reads in flight a rank: enough to hide the latency of a network file system
+
+
+@dataclass(slots=True)
+class Stored:
+    """A sample as it lies in a shard: its JPEG (uint8 [bytes]), or None and the reason why it cannot be had."""
+
+    shard: int
+    row: int
+    key: str
+    jpeg: np.ndarray | None
+    error: str | None = None
+
+
+class Sample(NamedTuple):
+    """A sample at its global position."""
+
+    position: int
+    stored: Stored
+
+
+class ShardFiles:
+    """All access to files: the one class to change for other storage. Safe to use from several threads.
+
+    A file is opened for each read and closed after it: one open a window is nothing, and no handle outlives a
+    fail-over of the storage.
+    """
+
+    def __init__(self, manifest: Manifest, pauses: tuple[float, ...] = PAUSES):
+        self.manifest = manifest
+        self.pauses = pauses
+        self.closing = threading.Event()  # set: no more waiting between tries
+        self._header = lru_cache(maxsize=4096)(self._read_header)
+
+    def read(self, segment: Segment, *, retry: bool = True) -> list[Stored]:
+        """The samples of a run of rows, in order: one read of the index, one of the tar. Never raises for bad files."""
+        rows = range(segment.first, segment.first + segment.rows)
+        name = self.manifest.shards[segment.shard].name
+        pauses = self.pauses if retry else ()
+        try:
+            index = self._again(lambda: self._index(segment), pauses)
+        except (OSError, ValueError) as error:
+            reason = f"index of {name}: {_text(error)}"
+            return [Stored(segment.shard, row, f"{name}:{row}", None, reason) for row in rows]
+        keys = [key.decode(errors="replace") for key in index["key"]]
+        start = int(index["offset"].min())
+        size = int((index["offset"] + index["size"]).max()) - start
+        if start < 0 or index["size"].min() < 0 or size > self.manifest.shards[segment.shard].bytes:
+            return [Stored(segment.shard, r, k, None, f"index of {name}: damaged") for r, k in zip(rows, keys)]
+        try:
+            content = self._again(lambda: self._bytes(self.manifest.path / name, start, size), pauses)
+        except OSError as error:
+            if segment.rows > 1:  # one sector or the tail of the file may be gone: only what lies there is bad
+                return [self.read(Segment(segment.shard, row, 1), retry=False)[0] for row in rows]
+            return [Stored(segment.shard, segment.first, keys[0], None, f"{name}: {_text(error)}")]
+        result = []
+        for row, key, offset, length in zip(rows, keys, index["offset"] - start, index["size"]):
+            # A copy, so that the window's buffer goes and a sample's bytes go when the sample is taken.
+            jpeg = np.frombuffer(content, np.uint8, int(length), int(offset)).copy()
+            result.append(Stored(segment.shard, row, key, jpeg))
+        return result
+
+    def _again(self, read, pauses: tuple[float, ...]):
+        try:
+            return read()
+        except OSError:
+            if not pauses:
+                raise
+        self.closing.wait(pauses[0])
+        return self._again(read, pauses[1:])
+
+    def _index(self, segment: Segment) -> np.ndarray:
+        """Rows of an index. Read, not mapped: a mapped file that shrinks or goes stale kills the process (SIGBUS)."""
+        dtype, data, rows = self._header(segment.shard)
+        expected = self.manifest.shards[segment.shard].samples
+        if rows != expected or not {"offset", "size", "key"} <= set(dtype.names or ()):
+            raise ValueError(f"{rows} rows of {dtype}, the manifest says {expected} samples")
+        start, size = data + segment.first * dtype.itemsize, segment.rows * dtype.itemsize
+        return np.frombuffer(self._bytes(self._index_path(segment.shard), start, size), dtype)
+
+    def _read_header(self, shard: int) -> tuple[np.dtype, int, int]:
+        """dtype, offset of the first row in the file, and number of rows."""
+        with self._index_path(shard).open("rb") as file:
+            major, _ = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            return dtype, file.tell(), shape[0] if shape else 0
+
+    def _index_path(self, shard: int):
+        return index_path(self.manifest.path / self.manifest.shards[shard].name)
+
+    @staticmethod
+    def _bytes(path, start: int, size: int) -> bytes:
+        """`size` bytes from `start`; OSError if the file ends before."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            parts, missing = [], size
+            while missing:
+                part = os.pread(descriptor, missing, start + size - missing)
+                if not part:
+                    raise OSError(f"file ends {missing} bytes early")
+                parts.append(part)
+                missing -= len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            os.close(descriptor)
+
+
+def _text(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+class _OpenWindow:
+    """A window that is read or being read: its samples in the order in which they are given."""
+
+    def __init__(self, future: Future, rows: int):
+        self.future, self.rows = future, rows
+
+    def take(self, offset: int) -> Stored:
+        samples = self.future.result()
+        sample, samples[offset] = samples[offset], None
+        return sample
+
+
+class Reader:
+    """The samples of rank `rank` of `world_size`, from the global position `start` (a multiple of the batch) on.
+
+    ahead: how many samples of the rank beyond the last one taken are in sight of the reading threads.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: Order,
+        *,
+        rank: int,
+        world_size: int,
+        start: int = 0,
+        ahead: int = 512,
+        pauses: tuple[float, ...] = PAUSES,
+    ):
+        self.files = ShardFiles(manifest, pauses)
+        self.order = order
+        self._position, self._stride = start + rank, world_size  # of the next sample to plan
+        self._ahead = ahead
+        self._planned: deque[tuple[int, tuple[int, int, int], int]] = deque()  # position, window, offset in it
+        self._open: dict[tuple[int, int, int], _OpenWindow] = {}
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="mcf-read")
+
+    def take(self, count: int) -> list[Sample]:
+        """The rank's next `count` samples, in order."""
+        self._plan(count + self._ahead)
+        return [self._next() for _ in range(count)]
+
+    def neighbours(self, shard: int, row: int, limit: int = 64) -> Iterator[Stored]:
+        """Readable samples that may stand in for a bad one: those after it in its shard, then the starts of the next.
+
+        It depends on the bad sample's place alone, so the stand-in is the same on any number of ranks and in any
+        micro-batch. At most `limit` candidates are looked at.
+        """
+        counts = self.order.counts
+        rows = [(shard, (row + i) % int(counts[shard])) for i in range(1, min(limit // 2 + 1, int(counts[shard])))]
+        others = ((shard + i) % len(counts) for i in range(1, len(counts)))
+        rows += [(other, 0) for other in others if counts[other]][: limit - len(rows)]
+        for candidate_shard, candidate_row in rows:
+            (stored,) = self.files.read(Segment(candidate_shard, candidate_row, 1), retry=False)
+            if stored.jpeg is not None:
+                yield stored
+
+    def close(self) -> None:
+        """End the threads; reads that have not begun are dropped."""
+        self.files.closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._open.clear()
+        self._planned.clear()
+
+    def _next(self) -> Sample:
+        position, window, offset = self._planned.popleft()
+        opened = self._open[window]
+        stored = opened.take(offset)
+        if offset == opened.rows - 1:  # offsets come in order: nothing of this window is asked for again
+            del self._open[window]
+        return Sample(position, stored)
+
+    def _plan(self, count: int) -> None:
+        """Have at least `count` samples planned, and the windows they lie in on their way."""
+        missing = count - len(self._planned)
+        if missing <= 0:
+            return
+        positions = self._position + self._stride * np.arange(missing, dtype=np.int64)
+        self._position += self._stride * missing
+        places = self.order.places(positions)
+        for position, epoch, stream, index, offset in zip(positions.tolist(), *(part.tolist() for part in places)):
+            window = (epoch, stream, index)
+            if window not in self._open:
+                self._open[window] = self._submit(window, offset)
+            self._planned.append((position, window, offset))
+
+    def _submit(self, window: tuple[int, int, int], first: int) -> _OpenWindow:
+        content = self.order.window(*window)
+
+        def read() -> list[Stored | None]:
+            stored = [sample for segment in content.segments for sample in self.files.read(segment)]
+            given: list[Stored | None] = [stored[row] for row in content.permutation]
+            given[:first] = [None] * first  # given before the restart
+            return given
+
+        return _OpenWindow(self._pool.submit(read), len(content.permutation))
