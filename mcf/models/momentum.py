@@ -7,7 +7,7 @@ bfloat16 an average with m = 0.99 loses most of its updates to rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class MomentumBranch(nn.Module):
         self.projector = copy.deepcopy(student.projector)
         self.requires_grad_(False)
         self.train()
-        self._saved: list[Tensor] | None = None
+        self._snapshot = Snapshot(lambda: [*self.parameters(), *self.buffers()])
 
     def train(self, mode: bool = True) -> MomentumBranch:
         return super().train(True)
@@ -52,22 +52,37 @@ class MomentumBranch(nn.Module):
         ours = dict(self.named_parameters())
         torch._foreach_lerp_(list(ours.values()), [named_parameters[name] for name in ours], 1 - m)
 
-    @torch.no_grad()
     def snapshot(self) -> None:
-        """Remember parameters and buffers as they are now, for `restore`. Memory for one copy is kept from then on."""
-        state = self._state()
-        if self._saved is None:
-            self._saved = [torch.empty_like(tensor) for tensor in state]
-        for saved, tensor in zip(self._saved, state):
+        """Remember parameters and buffers as they are now, for `restore`."""
+        self._snapshot.take()
+
+    def restore(self) -> None:
+        """Go back to the last `snapshot`: a step that was not applied has changed nothing."""
+        self._snapshot.restore()
+
+
+class Snapshot:
+    """A copy of some tensors, in memory that is kept from the first `take` on.
+
+    `tensors` is asked each time: a module that moves to another device has other buffers afterwards.
+    """
+
+    def __init__(self, tensors: Callable[[], list[Tensor]]):
+        self._tensors = tensors
+        self._saved: list[Tensor] = []
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Remember the tensors as they are now."""
+        now = self._tensors()
+        self._saved = self._saved or [torch.empty_like(tensor) for tensor in now]
+        for saved, tensor in zip(self._saved, now):
             saved.copy_(tensor)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to the last `snapshot`: a step that was not applied has changed nothing."""
-        if self._saved is None:
-            raise RuntimeError("MomentumBranch.restore() before any snapshot()")
-        for saved, tensor in zip(self._saved, self._state()):
+        """Write back what was remembered."""
+        if not self._saved:
+            raise RuntimeError("restore() before anything was remembered")
+        for saved, tensor in zip(self._saved, self._tensors()):
             tensor.copy_(saved)
-
-    def _state(self) -> list[Tensor]:
-        return [*self.parameters(), *self.buffers()]
