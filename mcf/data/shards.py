@@ -11,6 +11,7 @@ file under its right name is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import tarfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -67,9 +68,15 @@ class Manifest:
         """The memory-mapped index of a shard: structured rows (offset int64, size int64, key bytes)."""
         path = index_path(self.path / self.shards[shard].name)
         try:
-            return np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+            rows = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: unreadable index ({error}); pack the folder again, or restore the file") from None
+        if len(rows) != self.shards[shard].samples:
+            raise UserError(
+                f"{path}: {len(rows)} samples, {MANIFEST} says {self.shards[shard].samples}; "
+                "pack the folder again, or restore the file"
+            )
+        return rows
 
 
 def index_path(tar: Path) -> Path:
@@ -120,6 +127,23 @@ def _hold_against_files(manifest: Manifest) -> None:
             )
 
 
+def verify(manifest: Manifest) -> None:
+    """Read every shard in full and hold it against its checksum and its index; load_manifest looks at sizes alone.
+
+    Raises UserError naming the first shard that is not as it was written.
+    """
+    for number, shard in enumerate(manifest.shards):
+        tar = manifest.path / shard.name
+        with tar.open("rb") as file:
+            digest = _sha256(file)
+        if digest != shard.sha256:
+            raise UserError(f"{tar}: its checksum is not the one in {MANIFEST}; restore it or pack the folder again")
+        with tarfile.open(tar) as content:
+            found = [(m.offset_data, m.size, m.name[:-4].encode()) for m in content if m.name.endswith(".jpg")]
+        if found != [(int(offset), int(size), key) for offset, size, key in manifest.index(number)]:
+            raise UserError(f"{index_path(tar)}: does not fit its tar; restore it or pack the folder again")
+
+
 def write_manifest(path: str | Path, shards: list[Shard], meta: dict[str, Any]) -> Manifest:
     """Write manifest.json for shards that are in place; the last thing that packing does."""
     folder = Path(path)
@@ -143,6 +167,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+class _Hashing:
+    """A file that is written front to back, and its sha256 on the way: no shard is read again for its checksum."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
 class ShardWriter:
     """Writes one shard: `add` samples in order, `close` puts tar and index in place and returns the Shard.
 
@@ -154,7 +193,8 @@ class ShardWriter:
         self.path = Path(path)
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._file = self._temporary.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._hashing = _Hashing(self._file)
+        self._tar = tarfile.TarFile(fileobj=self._hashing, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
         self._rows: list[tuple[int, int, bytes]] = []
 
     def add(self, key: str, jpeg: bytes, meta: dict[str, Any] | None = None) -> None:
@@ -183,22 +223,25 @@ class ShardWriter:
         buffer = io.BytesIO()
         np.save(buffer, index)
         write_atomically(index_path(self.path), buffer.getvalue())
-        with self._temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
         size = self._temporary.stat().st_size
         self._temporary.replace(self.path)
-        return Shard(self.path.name, len(self._rows), size, digest)
+        return Shard(self.path.name, len(self._rows), size, self._hashing.sha256.hexdigest())
+
+    def discard(self) -> None:
+        """Leave nothing of a shard that was not closed."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered: the disk may be full
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self.discard()
 
 
-def _sha256(file) -> str:
+def _sha256(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

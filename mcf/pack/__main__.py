@@ -1,0 +1,30 @@
+"""`python -m mcf.pack source=IMAGES out=SHARDS`: a folder of images becomes JPEG shards, an index, a manifest, a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mcf import cli
+from mcf.data.shards import load_manifest, verify
+from mcf.errors import UserError
+from mcf.pack.options import PackConfig
+from mcf.pack.writing import pack
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """Pack, or with `verify=true` check what was packed."""
+    options = cli.parse(PackConfig, argv, verb="pack")
+    if not options.verify:
+        pack(options)
+        return 0
+    if not options.out:
+        raise UserError("out is missing; say python -m mcf.pack out=SHARDS verify=true")
+    manifest = load_manifest(Path(options.out))
+    verify(manifest)
+    print(f"{options.out}: {manifest.samples:,} images in {len(manifest.shards):,} shards, all as they were written")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
