@@ -1,40 +1,50 @@
-"""Learning rate and momentum as pure functions of the optimiser step: plain numbers in, a number out."""
+"""Learning rate and momentum as pure functions of the optimiser step: numbers in, a number out."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Protocol
+
+from mcf.config import MomentumConfig, OptimizerConfig
 
 
-def learning_rate(step: float, *, lr: float, min_lr: float = 0.0, warmup_steps: float, steps: float) -> float:
-    """Linear warm-up from 0 to `lr`, then a half-cosine from `lr` to `min_lr` (METHOD section 1, "Optimiser").
+class Length(Protocol):
+    """What a schedule must know of a run (a `mcf.plan.Plan` does)."""
 
-    Set before every optimiser step, from the steps taken so far, as the reference does: the very first step has
-    rate 0, the last one is a step short of `min_lr`.
+    @property
+    def lr(self) -> float:
+        """Learning rate at the end of the warm-up."""
 
-    Args:
-        step: optimiser steps taken before this one, 0 … steps − 1; beyond `steps` the rate stays `min_lr`.
-        lr: peak, at the end of the warm-up.
-        min_lr: value at `steps`.
-        warmup_steps: length of the warm-up, steps; need not be whole.
-        steps: length of the schedule, steps.
+    @property
+    def warmup_steps(self) -> float:
+        """Length of the warm-up in optimiser steps; need not be whole."""
+
+    @property
+    def steps(self) -> int:
+        """Length of the run in optimiser steps."""
+
+
+def learning_rate(step: float, length: Length, optimizer: OptimizerConfig) -> float:
+    """Linear warm-up from 0 to `length.lr`, then a half-cosine to `optimizer.min_lr` (METHOD section 1, "Optimiser").
+
+    Set before every optimiser step from the steps taken so far, 0 … steps − 1, as the reference does: the very first
+    step has rate 0, the last one is a step short of `min_lr`. Beyond the end the rate stays `min_lr`.
     """
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    return min_lr + (lr - min_lr) * _half_cosine(step - warmup_steps, steps - warmup_steps)
+    if step < length.warmup_steps:
+        return length.lr * step / length.warmup_steps
+    fall = _half_cosine(step - length.warmup_steps, length.steps - length.warmup_steps)
+    return optimizer.min_lr + (length.lr - optimizer.min_lr) * fall
 
 
-def momentum(
-    step: float, *, value: float, schedule: Literal["constant", "cosine"] = "constant", steps: float = 1
-) -> float:
-    """m of the momentum encoder's average p ← m·p + (1−m)·p_encoder at an optimiser step.
+def momentum(step: float, steps: int, config: MomentumConfig) -> float:
+    """m of the momentum encoder's average p ← m·p + (1−m)·p_encoder at an optimiser step of a run of `steps`.
 
-    `constant` is `value` throughout (the reference). `cosine` rises from `value` to 1 over `steps` by a half-cosine
-    (BYOL and MoCo v3: m = 1 − (1 − value)·(1 + cos(π·step/steps))/2).
+    `constant` is `config.value` throughout (the reference). `cosine` rises from it to 1 by a half-cosine, as in BYOL
+    and MoCo v3: m = 1 − (1 − value)·(1 + cos(π·step/steps))/2.
     """
-    if schedule == "constant":
-        return value
-    return 1.0 - (1.0 - value) * _half_cosine(step, steps)
+    if config.schedule == "constant":
+        return config.value
+    return 1.0 - (1.0 - config.value) * _half_cosine(step, steps)
 
 
 def _half_cosine(step: float, steps: float) -> float:
