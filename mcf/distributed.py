@@ -106,8 +106,8 @@ def join(backend: str | None = None, timeout: float = 1800.0) -> World:
     here = [set(cores) for other, cores in everyone if other == host]
     mine = available_cores()
     sharers = sum(1 for cores in here if cores & mine)
-    share = min(len(mine) // sharers, max(1, math.floor(cpu_quota() / len(here))))
-    return World(place.rank, place.size, place.local_rank, len(here), device, host, max(1, share))
+    share = max(1, int(min(len(mine) / sharers, cpu_quota() / len(here))))
+    return World(place.rank, place.size, place.local_rank, len(here), device, host, share)
 
 
 def leave() -> None:

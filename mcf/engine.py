@@ -90,6 +90,7 @@ class Engine:
         self._parameters = dict(self.module.named_parameters())
         stage = _STAGES[recipe.train.zero_stage]
         self._stage: _Stage = stage(self._deepspeed, list(self._parameters.values()), world)
+        self._keep_buffers()
 
     @property
     def at_boundary(self) -> bool:
@@ -124,7 +125,7 @@ class Engine:
     def step(self, lr: float, finite: Tensor | bool = True) -> StepResult:
         """Apply the step at learning rate `lr`, or nothing where the gradient or a rank's `finite` flag forbids it.
 
-        A refused step changes neither parameters nor moments nor counters, and the next one starts clean. A norm
+        A refused step changes neither parameters nor moments, buffers or counters, and the next one starts clean. A norm
         beyond 1e19 overflows float32 and counts as not finite. One host synchronisation; collective.
 
         Args:
@@ -146,13 +147,17 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self._stage.apply(norm)
+        self._keep_buffers()
         self._micro_step = 0
         self.applied_steps += 1
         return StepResult(True, norm)
 
     def discard(self) -> None:
-        """Forget the gradients of the micro-batches since the last step, on all ranks; the next one begins a step."""
+        """Forget the micro-batches since the last step, on all ranks: gradients, and what buffers took from them."""
         self._stage.clear_gradients()
+        # A batch with one NaN would otherwise stay in BatchNorm's running statistics for ever.
+        for buffer, kept in zip(self.module.buffers(), self._kept_buffers):
+            buffer.detach().copy_(kept)
         self._micro_step = 0
 
     @contextlib.contextmanager
@@ -210,6 +215,11 @@ class Engine:
         self.applied_steps = int(state["applied_steps"])
         self._stage.set_step_count(self.applied_steps)
         self._stage.publish()
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        """Remember the buffers (BatchNorm's statistics, a few kB) for a step that is refused."""
+        self._kept_buffers = [buffer.detach().clone() for buffer in self.module.buffers()]
 
     def _buffers(self) -> dict[str, Tensor]:
         kept = self.module.state_dict().keys()
@@ -221,7 +231,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     The rule is the reference's (timm's for MAE): class and mask token, of shape [1, 1, width], are decayed.
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -259,8 +270,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     # headers and saves nothing beside gloo here. Writing the table also spares the probing of all other extensions.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # It calls collectives by the names that torch has since replaced.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\.")
+    # It calls collectives by names that torch has since replaced.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     return deepspeed
 
 
@@ -285,6 +296,8 @@ def _deepspeed_config(recipe: Recipe, model: nn.Module, accumulation: int, persi
             "lower_precision_safe_modules": [],
         },
         "communication_data_type": "fp32",
+        # Its default is 1: the reference does not clip.
+        "gradient_clipping": 0.0,
         # Its throughput timer synchronises the device at every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
@@ -427,7 +440,7 @@ class _StageSharded(_Stage):
 
         return deepspeed.zero.GatheredParameters(self.parameters)
 
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+    def shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)
 
     def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
@@ -437,7 +450,7 @@ class _StageSharded(_Stage):
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, moment)
 
-    def write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+    def write(self, parameter: Any, moment: str | None, value: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         length = parameter.ds_tensor.numel()

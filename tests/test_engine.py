@@ -1,0 +1,268 @@
+"""The engine under every ZeRO stage, on one and two ranks, against AdamW written out in float64.
+
+Three starts of tests/workers/engine_checks.py (one rank, two ranks, and again to open each other's states) do all the
+work once; the tests judge what they left. tests/workers holds the toy, the data and the loss.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcf.config import Recipe
+from mcf.engine import _deepspeed_config, parameter_groups
+
+WORKER = Path(__file__).parent / "workers" / "engine_checks.py"
+_spec = importlib.util.spec_from_file_location("engine_checks", WORKER)
+worker = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(worker)
+
+# After 4 steps of lr 1e-2 from float32 gradients (relative error 1e-6 of the largest element, and Adam's division lifts
+# small elements to the same size of step): a wrong average, decay or bias correction shows from 1e-3 upwards.
+TOLERANCE = 2e-5
+SIZES, GROUPS, STAGES = (1, 2), (2, 6), worker.STAGES
+
+
+def start(what: str, size: int, folder: Path) -> list[dict]:
+    """Run `size` ranks of the worker as torchrun would; returns what each saw. Their output must be empty."""
+    port = 20_000 + os.getpid() % 10_000 + {"train": 0, "opened": 1}[what]
+    shared = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Nothing may be compiled: no compiler, no ninja on the path, and a folder that must stay empty.
+    shared |= {"CXX": "/bin/false", "PATH": "/bin", "TORCH_EXTENSIONS_DIR": str(folder / "built")}
+    command = [sys.executable, str(WORKER), what, str(folder)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(texts)
+    assert texts == [""] * size
+    assert not (folder / "built").exists()
+    return [torch.load(folder / f"{what}_{size}_{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> dict[int, list[dict]]:
+    return {size: start("train", size, folder) for size in SIZES}
+
+
+@pytest.fixture(scope="module")
+def crossed(trained, folder) -> dict[int, list[dict]]:
+    return {size: start("opened", size, folder) for size in SIZES}
+
+
+@cache
+def reference(groups: int, steps: int = 4):
+    """States after 0 … `steps` steps and gradient norms: plain AdamW, decoupled decay, in float64 on all groups."""
+    model = worker.Toy(0).double()
+    named = dict(model.named_parameters())
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in named.items()}
+    optimizer = Recipe().optimizer
+    (beta1, beta2), eps = optimizer.betas, optimizer.eps
+    states, norms = [{name: p.detach().clone() for name, p in named.items()}], []
+    for number in range(steps):
+        model.zero_grad()
+        for group in range(groups):
+            (worker.loss_of(model(worker.batch(number, group).double())) / groups).backward()
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in named.values())))
+        with torch.no_grad():
+            for name, p in named.items():
+                first, second = moments[name]
+                first.mul_(beta1).add_((1 - beta1) * p.grad)
+                second.mul_(beta2).add_((1 - beta2) * p.grad**2)
+                decay = 0.0 if name in ("norm.weight", "norm.bias", "head.bias") else 0.1
+                p.mul_(1 - worker.LR * decay)
+                corrected = first / (1 - beta1 ** (number + 1))
+                p.sub_(worker.LR * corrected / ((second / (1 - beta2 ** (number + 1))).sqrt() + eps))
+        states.append({name: p.detach().clone() for name, p in named.items()})
+    return states, norms, moments
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_steps_equal_adamw_in_float64(trained, size, stage, groups):
+    states, _, moments = reference(groups)
+    got = trained[size][0][groups, stage]
+    assert got["applied_steps"] == 4
+    for number, (expected, state) in enumerate(zip(states, got["states"])):
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                state[f"model.{name}"].double(), value, rtol=0, atol=TOLERANCE, msg=f"step {number}: {name}"
+            )
+    for name, (first, second) in moments.items():
+        for moment, value in (("exp_avg", first), ("exp_avg_sq", second)):
+            assert got["states"][-1][f"{moment}.{name}"].dtype == torch.float32
+            torch.testing.assert_close(got["states"][-1][f"{moment}.{name}"].double(), value, rtol=1e-3, atol=TOLERANCE)
+    assert max((states[4][name] - states[0][name]).abs().max() for name in states[0]) > 1e-2
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient_norm_is_global_and_agreed(trained, size, stage, groups):
+    """No rank's part missing or counted twice, no padding: a factor sqrt(2) would show; float32 gives 1e-5."""
+    for rank in trained[size]:
+        assert rank[groups, stage]["norms"] == pytest.approx(reference(groups)[1], rel=1e-5)
+        assert rank[groups, stage]["norms"] == trained[size][0][groups, stage]["norms"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_parameters_are_the_saved_ones_on_all_ranks(trained, stage):
+    saved = trained[2][0][6, stage]["states"][-1]
+    for rank in trained[2]:
+        full = rank[6, stage]["full"]
+        assert set(full) == {"token", "body.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+        for name, value in full.items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, saved[f"model.{name}"]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_refused_step_changes_nothing(trained, size, stage):
+    for rank in trained[size]:
+        got = rank["refused", stage]
+        assert not got["nan"].applied and not math.isfinite(got["nan"].grad_norm)
+        assert not got["flag"].applied and math.isfinite(got["flag"].grad_norm)
+    got = trained[size][0]["refused", stage]
+    for after in ("after_nan", "after_all"):
+        assert_equal_bitwise(got[after], got["before"])
+    # Steps 1 and 2 then go as if steps 7, 8 and 9 had never been.
+    plain = trained[size][0][6, stage]
+    assert got["norms"] == plain["norms"][1:3]
+    assert_equal_bitwise(got["final"], plain["states"][3])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_resumed_run_is_bitwise_the_unbroken_one(trained, size, stage):
+    unbroken = trained[size][0][6, stage]
+    resumed = trained[size][0]["resumed", stage]
+    assert_equal_bitwise(resumed["opened"], unbroken["states"][2])
+    assert_equal_bitwise(resumed["final"], unbroken["states"][4])
+    for rank in trained[size]:
+        assert rank["resumed", stage]["norms"] == unbroken["norms"][2:]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_state_opens_under_other_ranks_and_stages(trained, crossed, size):
+    pairs = [key for key in crossed[size][0] if isinstance(key, tuple)]
+    assert len(pairs) == 6
+    for source, stage in pairs:
+        wrote = trained[3 - size][0][6, source]["states"]
+        got = crossed[size][0][source, stage]
+        # What was opened is what was written, bit by bit; what follows sums gradients in another order.
+        assert_equal_bitwise(got["opened"], wrote[2])
+        for name, value in wrote[4].items():
+            if "running" in name:  # of rank 0's micro-batches only, which are others on another number of ranks
+                continue
+            torch.testing.assert_close(got["final"][name], value, rtol=1e-5, atol=1e-6, msg=f"{source}→{stage} {name}")
+        assert got["norms"] == pytest.approx(trained[3 - size][0][6, source]["norms"][2:], rel=1e-6)
+
+
+def test_layout_knows_no_ranks_and_no_stage(trained):
+    parameters = {"token", "body.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"}
+    buffers = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    names = {f"model.{name}" for name in parameters | buffers} | {"applied_steps"}
+    names |= {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in parameters}
+    for size in SIZES:
+        for stage in STAGES:
+            for state in trained[size][0][2, stage]["states"]:
+                assert set(state) == names
+                assert all(value.device.type == "cpu" for value in state.values())
+                assert state["model.token"].shape == (1, 1, 7)
+    assert trained[2][1][2, 1]["states"] == [{}] * 5  # ranks other than 0 hold none
+
+
+def test_state_that_does_not_fit_is_refused_whole(crossed):
+    got = crossed[1][0]
+    assert "exp_avg.head.bias" in got["missing"] and "use the recipe" in got["missing"]
+    assert "model.body.weight has shape [7, 6], the model needs [7, 5]" in got["shape"]
+    assert got["untouched"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_is_for_matrix_work_only(trained, stage):
+    exact = trained[2][0][2, stage]["norms"][0]
+    first = trained[2][0]["bf16", 0]["norm"]
+    for rank in trained[2]:
+        got = rank["bf16", stage]
+        assert got["output"] == torch.bfloat16
+        # bfloat16 keeps 8 bits: the norm moves, by about 2^-8; with gradients reduced in float32 stages agree far better.
+        assert got["norm"] != exact and got["norm"] == pytest.approx(exact, rel=2e-2)
+        assert got["norm"] == pytest.approx(first, rel=1e-5)
+    state = trained[2][0]["bf16", stage]["state"]
+    for name, value in state.items():
+        assert value.dtype == (torch.int64 if name.endswith(("tracked", "steps")) else torch.float32), name
+    # Gradients that had passed through bfloat16 would fit into 8 bits; those of the sum of two ranks in float32 do not.
+    gradient = state["exp_avg.body.weight"] / 0.1
+    assert not torch.allclose(gradient, gradient.bfloat16().float(), rtol=1e-5)
+
+
+def test_decay_spares_biases_and_vectors_but_not_tokens():
+    model = worker.Toy(0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, free = parameter_groups(model, 0.05)
+    assert {names[p] for p in decayed["params"]} == {"token", "body.weight", "head.weight"}
+    assert {names[p] for p in free["params"]} == {"norm.weight", "norm.bias", "head.bias"}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+
+
+def test_deepspeed_is_told_not_to_clip():
+    """Its default clips at 1; the reference does not clip."""
+    assert _deepspeed_config(Recipe(), worker.Toy(0), 1, None)["gradient_clipping"] == 0
+
+
+def assert_equal_bitwise(got: dict, expected: dict) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_wrong_order_of_calls_is_told(tmp_path):
+    """A backward too many, a step too few: one process, world of one, nothing in the environment."""
+    code = f"""
+import sys; sys.path.insert(0, {str(WORKER.parent)!r})
+import engine_checks as w, pytest, torch
+from mcf.distributed import join
+run = w.Run(join(), 1, groups=2)
+with pytest.raises(RuntimeError, match="step after 0 of 2"):
+    run.engine.step(1.0)
+for _ in range(2):
+    assert run.engine.at_boundary == bool(_)
+    run.engine.backward(w.loss_of(run.engine(w.batch(0, 0))))
+with pytest.raises(RuntimeError, match="call step"):
+    run.engine.backward(w.loss_of(run.engine(w.batch(0, 0))))
+frozen = w.Toy(0)
+frozen.token.requires_grad_(False)
+with pytest.raises(ValueError, match="token is frozen"):
+    w.Engine(frozen, w.recipe(0), accumulation=1, world=join())
+print("told")
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
