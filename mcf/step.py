@@ -1,0 +1,162 @@
+"""One optimiser step, as the paper's algorithm reads (METHOD 1).
+
+    keys:      momentum encoder on mask B, gathered from all ranks, no gradient
+    queries:   encoder on mask A → decoder → pseudo image; class token → projector → predictor
+    loss:      teacher's features of pseudo image and image, contrast of queries and keys
+    step:      applied if all ranks found it finite; else nothing has changed
+    momentum:  p ← m·p + (1−m)·p_encoder, before every micro-batch's keys or after the step
+
+With `contrast.scope: step` or `group`, the keys of all micro-batches come first: keys carry no gradient, so every query
+can be held against the whole effective batch, and accumulation changes nothing but time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcf import distributed, kernels, schedule
+from mcf.config import Recipe
+from mcf.data.loader import Batch
+from mcf.distributed import World
+from mcf.engine import Engine
+from mcf.models.mcf import Objective, build_student, dropped
+from mcf.models.momentum import MomentumBranch, Snapshot
+from mcf.models.teacher import Teacher
+from mcf.plan import Plan
+
+
+@dataclass
+class Outcome:
+    """What became of a step: whether it was applied, the gradient's norm, and this rank's part of the rest.
+
+    terms: named loss terms and statistics of each micro-batch. keys: of the samples. picture: images uint8 [b, H, W, 3],
+    mask bool [b, L] and pred [b, L, P·P·3] of the last micro-batch.
+    """
+
+    applied: bool = False
+    grad_norm: float = float("nan")
+    terms: list[dict[str, Tensor]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    picture: tuple[Tensor, ...] = ()
+
+
+class Step:
+    """The network, its momentum branch, its objective and its optimiser, put together for one rank."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, teacher: Teacher | None, world: World):
+        self.recipe, self.plan, self.world = recipe, plan, world
+        self.masks = Masks(recipe)
+        student = build_student(recipe).to(world.device)
+        # Before the engine, which splits the student's parameters under ZeRO-3.
+        self.momentum = MomentumBranch(student).to(world.device)
+        self.objective = Objective(recipe, teacher).to(world.device)
+        self.engine = Engine(student, recipe, accumulation=plan.accumulation, world=world)
+        # What forward passes move by themselves: running statistics of the heads' BatchNorm.
+        self.running = Snapshot(lambda: [b for head in (student.projector, student.predictor) for b in head.buffers()])
+
+    def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
+        """Step number `step` (from 0) on the next micro-batches. Collective."""
+        outcome = Outcome()
+        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
+        m = self.momentum_at(step)
+        self.momentum.snapshot()
+        self.running.take()
+
+        per_chunk = 1 if self.recipe.contrast.scope == "micro_batch" else self.plan.accumulation
+        for _ in range(self.plan.accumulation // per_chunk):
+            chunk = list(itertools.islice(batches, per_chunk))
+            keys = self.keys(chunk, m)
+            for index, batch in enumerate(chunk):
+                ids_keep, ids_restore = self.masks.of_encoder(batch)
+                mask = dropped(ids_restore, ids_keep.shape[1])
+                pred, q = self.engine(batch.images, ids_keep, ids_restore)
+                terms = self.objective(batch.images, pred, q, *self.negatives(keys, index), mask)
+                self.engine.backward(terms["total"])
+
+                finite &= terms["total"].detach().isfinite()
+                outcome.terms.append({name: value.detach() for name, value in terms.items()})
+                outcome.keys += batch.keys
+                outcome.picture = batch.images, mask, pred.detach()
+
+        result = self.engine.step(self.learning_rate_at(step), finite=finite)
+        outcome.applied, outcome.grad_norm = result.applied, result.grad_norm
+        if not result.applied:
+            self.momentum.restore()
+            self.running.restore()
+        elif self.recipe.momentum.update == "step":
+            self.update_momentum(m)
+        return outcome
+
+    @torch.no_grad()
+    def keys(self, chunk: list[Batch], m: float) -> Tensor:
+        """Keys of a chunk of micro-batches from all ranks, of length 1, in the order of positions: [samples, dim]."""
+        keys = []
+        for batch in chunk:
+            if self.recipe.momentum.update == "micro_batch":
+                self.update_momentum(m)
+            with self.autocast():
+                k = self.momentum(batch.images, self.masks.of_momentum(batch))
+            keys.append(F.normalize(k.float(), dim=-1))
+        # The i-th sample of rank r is the one at position W·i + r.
+        return distributed.gather(torch.cat(keys)).transpose(0, 1).flatten(0, 1)
+
+    def negatives(self, keys: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """What micro-batch `index` of a chunk is held against: keys, and the row of each sample's own among them.
+
+        Keys are [M, dim]; under contrast.scope=group [groups, group_size, dim], where each group meets an equal share
+        of the queries, in order. Labels int64 [B] count within the keys that a query meets.
+        """
+        size = self.recipe.micro_batch
+        first = self.world.size * index * size
+        rows = first + self.world.size * torch.arange(size, device=keys.device) + self.world.rank
+        group = self.recipe.contrast.group_size
+        if self.recipe.contrast.scope != "group" or group is None:
+            return keys, rows
+        last = first + self.world.size * size - 1
+        return keys.view(-1, group, keys.shape[-1])[first // group : last // group + 1], rows % group
+
+    def update_momentum(self, m: float) -> None:
+        """p ← m·p + (1−m)·p_encoder. Collective under ZeRO-3."""
+        with self.engine.full_parameters() as parameters:
+            self.momentum.update(parameters, m)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step."""
+        return schedule.learning_rate(step, self.plan, self.recipe.optimizer)
+
+    def momentum_at(self, step: int) -> float:
+        """m of a step."""
+        return schedule.momentum(step, self.plan.steps, self.recipe.momentum)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix work in bfloat16 if the recipe says so; the engine and the objective do the same by themselves."""
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
+
+class Masks:
+    """Which patches each branch sees: a pure function of (seed, sample position)."""
+
+    def __init__(self, recipe: Recipe):
+        self.seed = recipe.seed
+        self.mode = recipe.mask.momentum
+        self.patches = recipe.model.patches
+        self.keep = int(self.patches * (1 - recipe.mask.ratio))
+
+    def of_encoder(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(ids_keep int64 [B, K], ids_restore int64 [B, L]) of mask A."""
+        return self._draw(batch, kernels.ENCODER)
+
+    def of_momentum(self, batch: Batch) -> Tensor | None:
+        """ids_keep int64 [B, K] of mask B, or None for all patches (mask.momentum)."""
+        if self.mode == "none":
+            return None
+        return self._draw(batch, kernels.ENCODER if self.mode == "same" else kernels.MOMENTUM)[0]
+
+    def _draw(self, batch: Batch, view: int) -> tuple[Tensor, Tensor]:
+        return kernels.mask(self.seed, batch.positions, view, self.patches, self.keep)
