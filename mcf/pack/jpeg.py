@@ -78,7 +78,7 @@ def complete(content: bytes, parts: Structure, image: Image.Image) -> bool:
     """Whether the scan reaches the end of the image, which was decoded from `content` without an error.
 
     The second decoding is spared where it cannot find anything: lost blocks of a sequential JPEG are exactly
-    mid-grey, up to the last pixel. Progressive ones are always looked at, for their lost data is mere sharpness.
+    mid-grey, up to the last pixel (a cut inside the very last block, bits of 16x16 pixels, passes). Progressive ones are always looked at, for their lost data is mere sharpness.
     """
     end = parts.end if parts.single_scan else content.rfind(b"\xff\xd9")
     if end is None or end < 0:

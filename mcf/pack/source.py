@@ -79,7 +79,7 @@ class Folder:
                 yield LeftOut(f"{name}/", LINK_LOOP, "a link to a folder that was read under another name")
                 continue
             seen.add(identity)
-            folders = []
+            folders: list[str] = []
             for entry in entries:
                 below = f"{name}/{entry.name}" if name else entry.name
                 try:

@@ -137,8 +137,8 @@ def _write(survey: Survey, journal: Journal, options: PackConfig, shard_samples:
     outcomes = ordered(functools.partial(handle, options=options), todo, workers, _died)
     with meter(len(survey.candidates), done) as progress, closing(outcomes):
         pairs = iter(zip(todo, outcomes))
-        while record := _write_shard(pairs, done, journal, shard_samples, progress, whole):
-            done = record.done
+        while written := _write_shard(pairs, done, journal, shard_samples, progress, whole):
+            done = written.done
     return whole
 
 
