@@ -1,6 +1,6 @@
 """JPEG bytes to images with DALI, on a GPU or without one: the only door to it.
 
-    external_source ── decoders.image (mixed on a GPU, else cpu) ── resize ── mirror ── uint8 [b, H, W, 3]
+    external_source ── decoders.image (mixed on a GPU, else cpu) ── resize and mirror ── uint8 [b, H, W, 3]
 
 One micro-batch goes in and comes out at a time, so that a batch that fails is known; overlap comes from the loader's
 thread and from DALI's own. The pictures are resized to a square with bilinear interpolation and antialiasing (the
@@ -114,7 +114,7 @@ class Decoder:
 
     def _build(self, resize: bool):
         fn, types, pipeline, _ = self._dali
-        on_gpu = self.device.type == "cuda"
+        on_gpu, side = self.device.type == "cuda", self.image_size
         pipe = pipeline(
             batch_size=self.batch,
             num_threads=self.threads,
@@ -129,9 +129,12 @@ class Decoder:
                 jpegs, device="mixed" if self._mixed else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
             )
             if resize:
-                side = {"resize_x": self.image_size, "resize_y": self.image_size}
-                images = fn.resize(images, **side, interp_type=types.INTERP_LINEAR, antialias=True)
-            images = fn.crop_mirror_normalize(images, dtype=types.UINT8, output_layout="HWC", mirror=mirror)
+                size = {"resize_x": side, "resize_y": side, "crop": (side, side)}
+                images = fn.resize_crop_mirror(
+                    images, **size, mirror=mirror, interp_type=types.INTERP_LINEAR, antialias=True
+                )
+            else:
+                images = fn.flip(images, horizontal=mirror)
             pipe.set_outputs(images)
         pipe.build()
         return pipe

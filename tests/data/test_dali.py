@@ -1,0 +1,151 @@
+"""The decoder against Pillow, and on files that are no images."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from data_shards import make_jpeg
+from PIL import Image
+
+from mcf.data.dali import Decoder, Undecodable, jpeg_size
+from mcf.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def raw(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
+
+
+def encode(image: Image.Image, **options) -> np.ndarray:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return raw(buffer.getvalue())
+
+
+def pillow(jpeg: np.ndarray, side: int) -> np.ndarray:
+    image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def truncated(number: int) -> np.ndarray:
+    content = make_jpeg(number)
+    return raw(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("size", [(40, 40), (64, 48), (31, 57), (16, 16)])
+def test_decodes_and_resizes_as_pillow_does(size):
+    jpegs = [raw(make_jpeg(i, size)) for i in range(5)]
+    images = Decoder(32, 8, device=CPU).decode(jpegs, np.zeros(5, bool))
+    assert images.shape == (5, 32, 32, 3) and images.dtype == torch.uint8
+    expected = np.stack([pillow(jpeg, 32) for jpeg in jpegs]).astype(int)
+    # Both decode with libjpeg's arithmetic and filter with a triangle, Pillow in 8-bit fixed point after each pass.
+    # Without antialiasing, or with the chroma upsampled otherwise, single pixels are off by 10 and more.
+    assert np.abs(images.numpy() - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 40)])
+def test_mirrors_the_asked_images_and_no_others(size):
+    jpegs = [raw(make_jpeg(i, size)) for i in range(6)]
+    mirror = np.array([True, False, False, True, True, False])
+    decoder = Decoder(32, 6, device=CPU)
+    plain, mirrored = decoder.decode(jpegs, np.zeros(6, bool)), decoder.decode(jpegs, mirror)
+    expected = torch.where(torch.from_numpy(mirror)[:, None, None, None], plain.flip(2), plain).int()
+    # Filter weights are rounded from the left: a resized mirror image may differ by one step, a copied one may not.
+    assert (mirrored.int() - expected).abs().max() <= (0 if size == (32, 32) else 1)
+    assert (plain.int() - plain.flip(2).int()).abs().max() > 20
+
+
+def test_leaving_out_the_resize_changes_nothing():
+    """Images of the right size skip the resize if the whole batch is so; a batch's company must not change a picture."""
+    same = [raw(make_jpeg(i, (32, 32))) for i in range(4)]
+    mirror = np.array([True, False, True, False, False])
+    decoder = Decoder(32, 8, device=CPU)
+    alone = decoder.decode(same, mirror[:4])
+    in_company = decoder.decode([*same, raw(make_jpeg(9, (50, 40)))], mirror)
+    assert torch.equal(alone, in_company[:4])
+
+
+def test_grey_progressive_and_rotated_jpegs():
+    image = Image.open(io.BytesIO(make_jpeg(1, (40, 40))))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    jpegs = [encode(image.convert("L")), encode(image, progressive=True), encode(image, exif=exif, quality=95)]
+    images = Decoder(40, 4, device=CPU).decode(jpegs, np.zeros(3, bool)).numpy().astype(int)
+    assert np.abs(images[0] - pillow(jpegs[0], 40)).max() <= 2
+    assert np.abs(images[1] - pillow(jpegs[1], 40)).max() <= 2
+    turned = np.rot90(pillow(jpegs[2], 40), -1).astype(int)
+    assert np.abs(images[2] - turned).max() <= 2
+
+
+def test_names_every_broken_image_and_goes_on():
+    decoder = Decoder(32, 8, device=CPU)
+    good = [raw(make_jpeg(i)) for i in range(8)]
+    before = decoder.decode(good, np.zeros(8, bool))
+    broken = [*good]
+    broken[2], broken[6] = truncated(2), truncated(6)
+    with pytest.raises(Undecodable) as error:
+        decoder.decode(broken, np.zeros(8, bool))
+    assert sorted(error.value.reasons) == [2, 6]
+    assert all("decode" in reason for reason in error.value.reasons.values())
+    assert torch.equal(decoder.decode(good, np.zeros(8, bool)), before)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 500, b"\xff\xd8", b"\xff\xd8\xff\xd9", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"\xff\xd8" * 40]
+)
+def test_what_has_no_jpeg_header_is_refused_before_dali_sees_it(content, monkeypatch):
+    decoder = Decoder(32, 2, device=CPU)
+    monkeypatch.setattr(decoder, "_run", None)
+    with pytest.raises(Undecodable) as error:
+        decoder.decode([raw(make_jpeg(0)), raw(content)], np.zeros(2, bool))
+    assert error.value.reasons == {1: "no JPEG header"}
+
+
+def test_a_header_that_claims_gigabytes_is_refused():
+    content = bytearray(make_jpeg(0))
+    at = content.index(b"\xff\xc0")
+    content[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(Undecodable) as error:
+        Decoder(32, 1, device=CPU).decode([raw(bytes(content))], np.zeros(1, bool))
+    assert "65535x65535" in error.value.reasons[0]
+
+
+def test_the_size_is_read_from_any_header():
+    image = Image.open(io.BytesIO(make_jpeg(1, (37, 53))))
+    exif = Image.Exif()
+    exif[0x010E] = "a description " * 100
+    for options in ({}, {"progressive": True}, {"exif": exif}, {"comment": b"x" * 5000}, {"restart_marker_rows": 1}):
+        jpeg = encode(image, **options)
+        assert jpeg_size(jpeg) == (53, 37)
+        assert all(jpeg_size(jpeg[:cut]) in (None, (53, 37)) for cut in range(0, len(jpeg), 7))
+
+
+def test_real_faces(shared_data):
+    files = sorted((shared_data / "youtube_faces" / "images").rglob("*.jpg"))[::90]
+    jpegs = [np.fromfile(file, np.uint8) for file in files]
+    images = Decoder(224, len(jpegs), device=CPU).decode(jpegs, np.zeros(len(jpegs), bool)).numpy().astype(int)
+    differences = np.abs(images - np.stack([pillow(jpeg, 224) for jpeg in jpegs]))
+    assert len(files) > 20 and differences.max() <= 3 and differences.mean() < 0.3
+
+
+def test_mixed_without_a_gpu_and_a_missing_dali_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"data\.decoder=mixed needs a GPU"):
+        Decoder(32, 2, device=CPU, decoder="mixed")
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="pip install nvidia-dali-cuda130"):
+        Decoder(32, 2, device=CPU)
+
+
+@pytest.mark.gpu
+def test_the_gpu_decodes_the_same_pictures():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    jpegs = [raw(make_jpeg(i, (48, 48))) for i in range(8)]
+    mirror = np.arange(8) % 2 == 0
+    on_gpu = Decoder(32, 8, device=torch.device("cuda")).decode(jpegs, mirror)
+    on_cpu = Decoder(32, 8, device=CPU).decode(jpegs, mirror)
+    assert on_gpu.is_cuda
+    assert (on_gpu.cpu().int() - on_cpu.int()).abs().max() <= 3  # nvJPEG's inverse DCT may round otherwise
