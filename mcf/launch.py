@@ -182,24 +182,23 @@ def run_here(recipe: Recipe, run_dir: Path, command: tuple[str, ...], lock: RunL
         "MASTER_PORT": str(_free_port()),
         "SUBMITIT_LOG_LEVEL": "ERROR",
     }
-    # In the run directory no `mcf` of the current directory hides the copy; SIGINT is the launcher's alone.
-    with submitit.helpers.clean_env(), _environment(variables), _directory(run_dir), _ignoring(signal.SIGINT):
-        job = executor.submit(task)
-    lock.add(pid=int(job.job_id))
-    return follow(job, jobs, run_dir, recipe.slurm.warn_seconds)
+    with Stop(jobs, patience=recipe.slurm.warn_seconds) as stop:
+        # In the run directory no `mcf` of the current directory hides the copy; SIGINT is the launcher's alone.
+        with submitit.helpers.clean_env(), _environment(variables), _directory(run_dir), _ignoring(signal.SIGINT):
+            job = executor.submit(task)
+        lock.add(pid=int(job.job_id))
+        return follow(job, jobs, run_dir, stop)
 
 
-def follow(job: Job[None], jobs: Path, run_dir: Path, patience: float) -> int:
-    """Print rank 0's output until the job ends. Ctrl-C (or SIGTERM, SIGHUP) stops it in order, a second one at once."""
+def follow(job: Job[None], jobs: Path, run_dir: Path, stop: Stop) -> int:
+    """Print rank 0's output until the job ends or has been stopped; the exit status of the run."""
     started = time.monotonic()
     tail = Tail(Path(job.paths.stdout))
-    stop = Stop(int(job.job_id), jobs, str(job.job_id), patience)
-    with stop:
-        while not job.done():
-            tail.print_new()
-            stop.insist()
-            time.sleep(POLL)
+    while not job.done():
         tail.print_new()
+        stop.insist(str(job.job_id))
+        time.sleep(POLL)
+    tail.print_new()
     statuses = read_statuses(jobs, str(job.job_id))
     took = f"after {time.monotonic() - started:.0f} s"
     failed = [s for s in statuses if s.code != 0 and s.because is None]
@@ -252,10 +251,13 @@ class Tail:
 
 
 class Stop:
-    """Turns ctrl-C, SIGTERM and SIGHUP into an orderly end of a local job; the second one, or a lost `patience`, kills."""
+    """Turns ctrl-C, SIGTERM and SIGHUP into an orderly end of a local job.
 
-    def __init__(self, controller: int, jobs: Path, job: str, patience: float):
-        self.controller, self.jobs, self.job, self.patience = controller, jobs, job, patience
+    The ranks are told to save and end; a second signal, or `patience` seconds without an end, kills them.
+    """
+
+    def __init__(self, jobs: Path, patience: float):
+        self.jobs, self.patience = jobs, patience
         self.asked = 0
         self._since = 0.0
         self._killed = False
@@ -273,7 +275,7 @@ class Stop:
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked += 1
 
-    def insist(self) -> None:
+    def insist(self, job: str) -> None:
         """Carry out what has been asked for; to be called again and again."""
         if not self.asked:
             return
@@ -286,12 +288,12 @@ class Stop:
                     "killing all ranks; the run goes on from its last checkpoint when it is launched again", flush=True
                 )
             self._killed = True
-            for status in read_statuses(self.jobs, self.job):
+            for status in read_statuses(self.jobs, job):
                 if status.code is None and status.child:
                     kill_group(status.child)
-        # submitit's controller passes it on to the tasks; again and again, since one may come too early for them.
+        # The job's number is its controller's, which passes it on; again and again, since one may come too early.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.controller, signal.SIGTERM)
+            os.kill(int(job), signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -1,0 +1,131 @@
+"""The arrows between modules (DESIGN section 3), read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Heavy package → the only modules that may import it.
+DOORS = {
+    "deepspeed": {"mcf.engine"},
+    "nvidia": {"mcf.data.dali"},
+    "mlflow": {"mcf.track.mlflow"},
+    "submitit": {"mcf.launch", "mcf.task"},
+    "xformers": {"mcf.attention"},
+    "triton": {"mcf.kernels"},
+}
+# Module or package → what of mcf it may import (itself and its own package always).
+ARROWS = {
+    "mcf.errors": set(),
+    "mcf.config": {"mcf.errors"},
+    "mcf.checks": {"mcf.config", "mcf.errors"},
+    "mcf.schedule": {"mcf.config"},
+    "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks"},
+    "mcf.cli": {"mcf.config", "mcf.errors", "mcf.checks"},
+    "mcf.snapshot": {"mcf.errors"},
+    "mcf.lock": {"mcf.errors"},
+    "mcf.task": {"mcf.errors"},
+    "mcf.launch": {
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task",
+    },
+    "mcf.kernels": set(),
+    "mcf.attention": {"mcf.errors"},
+    "mcf.distributed": {"mcf.errors"},
+    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors"},
+    "mcf.checkpoint": {"mcf.errors"},
+    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels"},
+}  # fmt: skip
+NEVER = {"torchvision", "timm"}
+LIGHT = ("mcf.launch", "mcf.task", "mcf.cli", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot")
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the project by their import name; recipes and tests hold none that matter."""
+    found = {}
+    for folder, package in ((ROOT / "mcf", "mcf"), (ROOT / "kernels", "mcf.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def imports(name: str, path: Path, *, types_too: bool = False) -> set[str]:
+    """Absolute names of everything a module imports, at any depth; not what only a type checker sees."""
+    tree = ast.parse(path.read_text())
+    hidden = set() if types_too else {id(n) for block in ast.walk(tree) if _for_types(block) for n in ast.walk(block)}
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _under(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_heavy_packages_have_one_door(name):
+    for imported in imports(name, MODULES[name]):
+        top = imported.partition(".")[0]
+        assert top not in NEVER, f"{name} imports {imported}"
+        if top in DOORS:
+            assert any(_under(name, door) for door in DOORS[top]), f"{name} imports {imported}: only {DOORS[top]} may"
+
+
+@pytest.mark.parametrize("layer", sorted(ARROWS))
+def test_arrows(layer):
+    mine = [name for name in MODULES if _under(name, layer)]
+    if not mine:
+        pytest.skip(f"{layer} does not exist yet")
+    known = set(MODULES)
+    for name in mine:
+        for imported in imports(name, MODULES[name]) & known - {"mcf"}:
+            allowed = any(_under(imported, other) for other in {layer, *ARROWS[layer]})
+            assert allowed, f"{name} imports {imported}; {layer} may import {sorted(ARROWS[layer])}"
+
+
+def test_nobody_imports_the_verbs_that_run():
+    for name, path in MODULES.items():
+        if name.startswith("mcf.bench") or name in ("mcf.demo", "mcf.parity"):
+            continue
+        assert not imports(name, path) & {"mcf.train", "mcf.launch", "mcf.demo"} - {name}, name
+
+
+def test_login_node_modules_load_neither_torch_nor_anything_heavy():
+    heavy = ["torch", "numpy", "deepspeed", "mlflow", "nvidia", "submitit", "xformers", "triton"]
+    code = f"import sys, {', '.join(LIGHT)}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_reader_of_imports_sees_all_forms(tmp_path):
+    file = tmp_path / "sample.py"
+    file.write_text(
+        "import a.b\nfrom . import c\nfrom ..d import e\ndef f():\n    import deepspeed\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import mlflow\n"
+    )
+    found = imports("mcf.x.sample", file)
+    assert {"a.b", "mcf.x.c", "mcf.d.e", "deepspeed"} <= found
+    assert "mlflow" not in found
