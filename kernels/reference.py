@@ -174,9 +174,11 @@ def info_nce(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) 
         queries = F.normalize(_precise(queries), dim=1)
         keys = keys.detach().to(queries.dtype)
         if keys.dim() == 3:
-            logits = (queries.view(len(keys), -1, queries.shape[1]) @ keys.mT).flatten(0, 1)
+            runs = queries.view(len(keys), -1, queries.shape[1])
+            logits = torch.einsum("gnd,gmd->gnm", runs, keys).flatten(0, 1)
         else:
-            logits = queries @ keys.T
+            # einsum and not @: its gradient is added up as the reference's, to the last bit.
+            logits = torch.einsum("nd,md->nm", queries, keys)
         return F.cross_entropy(logits / temperature, labels) * (2 * temperature)
 
 

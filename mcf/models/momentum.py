@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mcf.models.mcf import MCF
 
+POSITIONS = "encoder.pos_embed"
+
 
 class MomentumBranch(nn.Module):
     """Momentum encoder and projector, a copy of the student's at the start.
@@ -40,17 +42,27 @@ class MomentumBranch(nn.Module):
 
     @torch.no_grad()
     def update(self, named_parameters: Mapping[str, Tensor], m: float) -> None:
-        """p ← m·p + (1−m)·p_student for every parameter; buffers are left alone.
+        """p ← m·p + (1−m)·p_student for every parameter; BatchNorm's buffers are left alone.
 
         Args:
             named_parameters: the student's full float32 parameters by the names of `MCF`; further ones are ignored.
+                If the position table is among them, it is averaged too (the reference does so, which moves it by
+                rounding alone).
             m: the average's memory, 0 to 1.
 
         Raises:
             KeyError: a parameter of this branch is not among them.
         """
         ours = dict(self.named_parameters())
-        torch._foreach_lerp_(list(ours.values()), [named_parameters[name] for name in ours], 1 - m)
+        if POSITIONS in named_parameters:
+            ours[POSITIONS] = self.encoder.pos_embed
+        theirs = [named_parameters[name] for name in ours]
+        if self.encoder.pos_embed.is_cuda:
+            torch._foreach_lerp_(list(ours.values()), theirs, 1 - m)
+            return
+        # On a CPU one pass or two cost little, and this form rounds as the reference's does, to the last bit.
+        for mine, other in zip(ours.values(), theirs):
+            mine.mul_(m).add_(other * (1 - m))
 
     def snapshot(self) -> None:
         """Remember parameters and buffers as they are now, for `restore`."""
