@@ -1,7 +1,7 @@
 """The engine under every ZeRO stage, on one and two ranks, against AdamW written out in float64.
 
-Three starts of tests/workers/engine_checks.py (one rank, two ranks, and again to open each other's states) do all the
-work once; the tests judge what they left. tests/workers holds the toy, the data and the loss.
+Three starts of tests/workers/engine_checks.py (one rank; two ranks; one again, to open what two wrote) do all the work
+once, and the tests judge what they left. The worker holds the toy, the data and the loss.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -25,23 +26,26 @@ _spec = importlib.util.spec_from_file_location("engine_checks", WORKER)
 worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
 
-# After 4 steps of lr 1e-2 from float32 gradients (relative error 1e-6 of the largest element, and Adam's division lifts
-# small elements to the same size of step): a wrong average, decay or bias correction shows from 1e-3 upwards.
-TOLERANCE = 2e-5
+# Four steps of 1e-2 in float32 end within 3e-7 of float64, all stages alike; a wrong average, decay or bias correction
+# shows from 1e-4 upwards.
+TOLERANCE = 2e-6
 SIZES, GROUPS, STAGES = (1, 2), (2, 6), worker.STAGES
 
 
-def start(what: str, size: int, folder: Path) -> list[dict]:
-    """Run `size` ranks of the worker as torchrun would; returns what each saw. Their output must be empty."""
-    port = 20_000 + os.getpid() % 10_000 + {"train": 0, "opened": 1}[what]
-    shared = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Nothing may be compiled: no compiler, no ninja on the path, and a folder that must stay empty.
-    shared |= {"CXX": "/bin/false", "PATH": "/bin", "TORCH_EXTENSIONS_DIR": str(folder / "built")}
-    command = [sys.executable, str(WORKER), what, str(folder)]
+def start(folder: Path, size: int, *what: str) -> None:
+    """Run `size` ranks of the worker; their output must be empty. A single one finds nothing in its environment."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SUBMITIT_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    # Nothing may be compiled: no compiler, no ninja on the path, and a folder that must stay away.
+    env |= {"CXX": "/bin/false", "PATH": "/bin", "TORCH_EXTENSIONS_DIR": str(folder / "built"), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(size)}
     ranks = [
         subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, str(WORKER), str(folder), *what],
+            env=env | (meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,22 +60,33 @@ def start(what: str, size: int, folder: Path) -> list[dict]:
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(texts)
     assert texts == [""] * size
     assert not (folder / "built").exists()
-    return [torch.load(folder / f"{what}_{size}_{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("engine")
+    """What the workers saw: WHAT_SIZE_RANK.pt."""
+    folder = tmp_path_factory.mktemp("engine")
+    start(folder, 1, "train")
+    start(folder, 2, "train", "opened")
+    start(folder, 1, "opened", "misused")
+    return folder
+
+
+def seen_by_ranks(folder: Path, what: str) -> dict[int, list[dict]]:
+    return {
+        size: [torch.load(folder / f"{what}_{size}_{rank}.pt", weights_only=False) for rank in range(size)]
+        for size in SIZES
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(folder) -> dict[int, list[dict]]:
-    return {size: start("train", size, folder) for size in SIZES}
+    return seen_by_ranks(folder, "train")
 
 
 @pytest.fixture(scope="module")
-def crossed(trained, folder) -> dict[int, list[dict]]:
-    return {size: start("opened", size, folder) for size in SIZES}
+def crossed(folder) -> dict[int, list[dict]]:
+    return seen_by_ranks(folder, "opened")
 
 
 @cache
@@ -116,7 +131,7 @@ def test_steps_equal_adamw_in_float64(trained, size, stage, groups):
     for name, (first, second) in moments.items():
         for moment, value in (("exp_avg", first), ("exp_avg_sq", second)):
             assert got["states"][-1][f"{moment}.{name}"].dtype == torch.float32
-            torch.testing.assert_close(got["states"][-1][f"{moment}.{name}"].double(), value, rtol=1e-3, atol=TOLERANCE)
+            torch.testing.assert_close(got["states"][-1][f"{moment}.{name}"].double(), value, rtol=1e-5, atol=1e-7)
     assert max((states[4][name] - states[0][name]).abs().max() for name in states[0]) > 1e-2
 
 
@@ -141,7 +156,7 @@ def test_full_parameters_are_the_saved_ones_on_all_ranks(trained, stage):
             assert torch.equal(value, saved[f"model.{name}"]), name
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (*STAGES, "persistent"))
 @pytest.mark.parametrize("size", SIZES)
 def test_refused_step_changes_nothing(trained, size, stage):
     for rank in trained[size]:
@@ -152,15 +167,15 @@ def test_refused_step_changes_nothing(trained, size, stage):
     for after in ("after_nan", "after_all"):
         assert_equal_bitwise(got[after], got["before"])
     # Steps 1 and 2 then go as if steps 7, 8 and 9 had never been.
-    plain = trained[size][0][6, stage]
+    plain = trained[size][0][6, 3 if stage == "persistent" else stage]
     assert got["norms"] == plain["norms"][1:3]
     assert_equal_bitwise(got["final"], plain["states"][3])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (*STAGES, "persistent"))
 @pytest.mark.parametrize("size", SIZES)
 def test_resumed_run_is_bitwise_the_unbroken_one(trained, size, stage):
-    unbroken = trained[size][0][6, stage]
+    unbroken = trained[size][0][6, 3 if stage == "persistent" else stage]
     resumed = trained[size][0]["resumed", stage]
     assert_equal_bitwise(resumed["opened"], unbroken["states"][2])
     assert_equal_bitwise(resumed["final"], unbroken["states"][4])
@@ -180,7 +195,7 @@ def test_state_opens_under_other_ranks_and_stages(trained, crossed, size):
         for name, value in wrote[4].items():
             if "running" in name:  # of rank 0's micro-batches only, which are others on another number of ranks
                 continue
-            torch.testing.assert_close(got["final"][name], value, rtol=1e-5, atol=1e-6, msg=f"{source}→{stage} {name}")
+            torch.testing.assert_close(got["final"][name], value, rtol=0, atol=3e-7, msg=f"{source}→{stage} {name}")
         assert got["norms"] == pytest.approx(trained[3 - size][0][6, source]["norms"][2:], rel=1e-6)
 
 
@@ -198,8 +213,8 @@ def test_layout_knows_no_ranks_and_no_stage(trained):
     assert trained[2][1][2, 1]["states"] == [{}] * 5  # ranks other than 0 hold none
 
 
-def test_state_that_does_not_fit_is_refused_whole(crossed):
-    got = crossed[1][0]
+def test_state_that_does_not_fit_is_refused_whole(folder):
+    got = torch.load(folder / "misused_1_0.pt")
     assert "exp_avg.head.bias" in got["missing"] and "use the recipe" in got["missing"]
     assert "model.body.weight has shape [7, 6], the model needs [7, 5]" in got["shape"]
     assert got["untouched"]
@@ -241,28 +256,3 @@ def assert_equal_bitwise(got: dict, expected: dict) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
-
-
-def test_wrong_order_of_calls_is_told(tmp_path):
-    """A backward too many, a step too few: one process, world of one, nothing in the environment."""
-    code = f"""
-import sys; sys.path.insert(0, {str(WORKER.parent)!r})
-import engine_checks as w, pytest, torch
-from mcf.distributed import join
-run = w.Run(join(), 1, groups=2)
-with pytest.raises(RuntimeError, match="step after 0 of 2"):
-    run.engine.step(1.0)
-for _ in range(2):
-    assert run.engine.at_boundary == bool(_)
-    run.engine.backward(w.loss_of(run.engine(w.batch(0, 0))))
-with pytest.raises(RuntimeError, match="call step"):
-    run.engine.backward(w.loss_of(run.engine(w.batch(0, 0))))
-frozen = w.Toy(0)
-frozen.token.requires_grad_(False)
-with pytest.raises(ValueError, match="token is frozen"):
-    w.Engine(frozen, w.recipe(0), accumulation=1, world=join())
-print("told")
-"""
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr

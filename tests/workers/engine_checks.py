@@ -1,4 +1,4 @@
-"""One rank of the engine's checks: `python engine_checks.py WHAT FOLDER`, started by tests/test_engine.py.
+"""One rank of the engine's checks: `python engine_checks.py FOLDER WHAT …`, started by tests/test_engine.py.
 
 Trains a toy under every ZeRO stage and saves what happened to FOLDER; the test judges. A step's data are `groups`
 micro-batches, dealt to the ranks in turn, so that two ranks with accumulation a see what one rank with 2a sees.
@@ -58,11 +58,14 @@ def recipe(stage: int, precision: str = "fp32") -> Recipe:
 class Run:
     """An engine and the steps it takes."""
 
-    def __init__(self, world, stage: int, groups: int, seed: int = 0, precision: str = "fp32"):
+    def __init__(self, world, stage: int | str, groups: int, seed: int = 0, precision: str = "fp32"):
+        # Under stage 3 DeepSpeed leaves small parameters whole, which in a toy are all: splitting them is the check.
+        persist = None if stage == "persistent" else 0
+        stage = 3 if stage == "persistent" else stage
         self.world, self.mine = world, range(world.rank, groups, world.size)
         # A seed of its own on each rank: the engine must make them equal.
         model = Toy(seed + 17 * world.rank)
-        self.engine = Engine(model, recipe(stage, precision), accumulation=len(self.mine), world=world, persist=0)
+        self.engine = Engine(model, recipe(stage, precision), accumulation=len(self.mine), world=world, persist=persist)
 
     def step(self, number: int, poison: tuple[int, int] | None = None, finite: bool = True):
         for group in self.mine:
@@ -91,13 +94,16 @@ def train(world, folder: Path) -> dict:
             if world.is_main:
                 torch.save(states[2], folder / f"state_{world.size}_{groups}_{stage}.pt")
     for stage in STAGES:
-        seen["refused", stage] = refused(world, stage)
-        seen["resumed", stage] = resumed(world, stage, folder, size=world.size, source=stage)
         seen["bf16", stage] = half(world, stage)
+    for stage in (*STAGES, "persistent"):
+        seen["refused", stage] = refused(world, stage)
+        seen["resumed", stage] = resumed(
+            world, stage, folder, size=world.size, source=3 if stage == "persistent" else stage
+        )
     return seen
 
 
-def refused(world, stage: int) -> dict:
+def refused(world, stage: int | str) -> dict:
     """Steps 0, 1, 2, between them one with a NaN in the last rank's input, one with its flag down, one given up."""
     run = Run(world, stage, groups=6)
     run.step(0)
@@ -120,7 +126,7 @@ def refused(world, stage: int) -> dict:
     }
 
 
-def resumed(world, stage: int, folder: Path, *, size: int, source: int) -> dict:
+def resumed(world, stage: int | str, folder: Path, *, size: int, source: int) -> dict:
     """Steps 2 and 3 by a fresh engine that opens what `source` wrote on `size` ranks after steps 0 and 1."""
     run = Run(world, stage, groups=6, seed=5)
     torch.distributed.barrier()
@@ -145,23 +151,44 @@ def opened(world, folder: Path) -> dict:
     seen: dict = {}
     for source, stage in ((0, 3), (1, 3), (2, 1), (3, 0), (3, 2), (1, 0)):
         seen[source, stage] = resumed(world, stage, folder, size=3 - world.size, source=source)
-    if world.size == 1:
-        run = Run(world, 3, groups=6)
-        good = run.engine.state_dict()
-        short = {name: value for name, value in good.items() if name != "exp_avg.head.bias"}
-        wide = good | {"model.body.weight": torch.zeros(7, WIDTH + 1)}
-        for label, bad in (("missing", short), ("shape", wide)):
-            with pytest.raises(UserError) as refusal:
-                run.engine.load_state_dict(bad)
-            seen[label] = str(refusal.value)
-        seen["untouched"] = all(torch.equal(good[name], value) for name, value in run.engine.state_dict().items())
+    return seen
+
+
+def misused(world, folder: Path) -> dict:
+    """States that do not fit, and calls in the wrong order."""
+    run = Run(world, 3, groups=2)
+    good = run.engine.state_dict()
+    short = {name: value for name, value in good.items() if name != "exp_avg.head.bias"}
+    wide = good | {"model.body.weight": torch.zeros(7, WIDTH + 1)}
+    seen: dict = {}
+    for label, bad in (("missing", short), ("shape", wide)):
+        with pytest.raises(UserError) as refusal:
+            run.engine.load_state_dict(bad)
+        seen[label] = str(refusal.value)
+    seen["untouched"] = all(torch.equal(good[name], value) for name, value in run.engine.state_dict().items())
+
+    with pytest.raises(RuntimeError, match="step after 0 of 2"):
+        run.engine.step(LR)
+    for last in (False, True):
+        assert run.engine.at_boundary == last
+        run.engine.backward(loss_of(run.engine(batch(0, 0))))
+    with pytest.raises(RuntimeError, match="call step"):
+        run.engine.backward(loss_of(run.engine(batch(0, 0))))
+    run.engine.discard()
+    assert run.step(0).applied
+
+    frozen = Toy(0)
+    frozen.token.requires_grad_(False)
+    with pytest.raises(ValueError, match="token is frozen"):
+        Engine(frozen, recipe(0), accumulation=1, world=world)
     return seen
 
 
 if __name__ == "__main__":
-    what, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     here = join()
     set_threads(here, 1)
-    result = {"train": train, "opened": opened}[what](here, folder)
-    torch.save(result, folder / f"{what}_{here.size}_{here.rank}.pt")
+    for what in sys.argv[2:]:
+        seen = {"train": train, "opened": opened, "misused": misused}[what](here, folder)
+        torch.save(seen, folder / f"{what}_{here.size}_{here.rank}.pt")
     leave()

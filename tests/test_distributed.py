@@ -1,0 +1,190 @@
+"""Who a rank is by whatever started it, and the collectives on two processes and one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from mcf.distributed import Rendezvous, cpu_quota, rendezvous
+from mcf.errors import UserError
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "2345"}
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_NTASKS": "9",
+    "SLURM_LOCALID": "2",
+    "SLURM_JOB_NODELIST": "login",
+    "SLURM_STEP_NODELIST": "node7",
+}
+SUBMITIT = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_JOB_ID": "4711",
+    "SUBMITIT_LOCAL_GLOBALID": "1",
+    "SUBMITIT_LOCAL_LOCALID": "1",
+    "SUBMITIT_LOCAL_NTASKS": "2",
+}
+
+
+def test_torchrun():
+    assert rendezvous(TORCHRUN) == Rendezvous(3, 8, 1, "node7", 2345)
+
+
+def test_nothing_is_a_world_of_one():
+    assert rendezvous({"PATH": "/bin", "MASTER_ADDR": "elsewhere"}) == Rendezvous(0, 1, 0, None, None)
+
+
+def test_slurm_step():
+    place = rendezvous(SLURM)
+    assert (place.rank, place.size, place.local_rank, place.address) == (5, 6, 2, "node7")
+    # All ranks of a step agree on the port; two steps of a job do not meet.
+    assert place.port == rendezvous(SLURM | {"SLURM_PROCID": "0"}).port
+    assert place.port != rendezvous(SLURM | {"SLURM_STEP_ID": "1"}).port
+    assert 1024 < place.port < 32768
+    told = rendezvous(SLURM | {"MASTER_ADDR": "node9", "MASTER_PORT": "1234"})
+    assert (told.address, told.port) == ("node9", 1234)
+
+
+def test_slurm_of_two_nodes_asks_scontrol(tmp_path, monkeypatch):
+    fake = tmp_path / "scontrol"
+    fake.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[7-9]" ] && printf "node7\\nnode8\\nnode9\\n"\n')
+    fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
+    env = SLURM | {"SLURM_STEP_NODELIST": "node[7-9]"}
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert rendezvous(env).address == "node7"
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"scontrol cannot tell the first host of node\[7-9\].*MASTER_ADDR"):
+        rendezvous(env)
+
+
+def test_submitit_local():
+    place = rendezvous(SUBMITIT)
+    assert (place.rank, place.size, place.local_rank, place.address) == (1, 2, 1, "127.0.0.1")
+    assert place.port == rendezvous(SUBMITIT | {"SUBMITIT_LOCAL_GLOBALID": "0"}).port
+    # Inside an allocation the local executor still decides: Slurm's variables speak of another start.
+    assert rendezvous(SLURM | SUBMITIT).size == 2
+    assert rendezvous(SLURM | SUBMITIT | TORCHRUN).size == 8
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
+def test_missing_variable_is_named(name):
+    with pytest.raises(UserError, match=f"^{name} is not set.* set it"):
+        rendezvous({key: value for key, value in TORCHRUN.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (TORCHRUN | {"RANK": "one"}, "RANK='one' is no whole number"),
+        (TORCHRUN | {"RANK": "8"}, "RANK=8 is not below WORLD_SIZE=8"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, "SLURM_NTASKS=8 .*start it with srun"),
+    ],
+)
+def test_contradictions_are_told(env, message):
+    with pytest.raises(UserError, match=message):
+        rendezvous(env)
+
+
+def test_cpu_quota(tmp_path):
+    limits = tmp_path / "cpu.max"
+    assert cpu_quota(limits) == float("inf")
+    limits.write_text("250000 100000\n")
+    assert cpu_quota(limits) == 2.5
+    limits.write_text("max 100000\n")
+    assert cpu_quota(limits) == float("inf")
+
+
+COLLECTIVES = """
+import os, torch
+from mcf.distributed import *
+from mcf.distributed import gather_objects
+world = join(timeout=60)
+r, n = world.rank, world.size
+assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == (str(r), str(n), str(world.local_rank))
+assert os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"]) > 0
+assert world.device.type == "cpu" and world.is_main == (r == 0) and world.local_size == n
+
+keys = torch.full((2, 3), float(r), requires_grad=True)
+every = gather(keys)
+assert every.shape == (n, 2, 3) and not every.requires_grad
+assert torch.equal(every, torch.arange(n).float()[:, None, None].expand(n, 2, 3))
+late = gather_async(torch.tensor(r))
+strided = torch.arange(6).view(2, 3).t() + r
+assert torch.equal(gather(strided)[-1], torch.arange(6).view(2, 3).t() + n - 1)
+assert late.wait().tolist() == list(range(n)) and late.wait().shape == (n,)
+assert gather(torch.empty(0, 4)).shape == (n, 0, 4)
+assert gather(torch.tensor([r == 0])).tolist() == [[i == 0] for i in range(n)]
+
+x = torch.tensor([1.0, 10.0 * r])
+assert mean(x).tolist() == [1.0, 5.0 * (n - 1)] and x.tolist() == [1.0, 10.0 * r]
+assert any_rank(r == n - 1) is True and any_rank(False) is False
+assert broadcast({"run": r, "name": "a" * 5000})["run"] == 0
+assert gather_objects(("rank", r)) == [("rank", i) for i in range(n)]
+barrier()
+
+cores = len(os.sched_getaffinity(0))
+assert 1 <= world.cores <= max(1, cores // n)
+assert set_threads(world) == world.cores == torch.get_num_threads()
+assert set_threads(world, 1) == 1 == torch.get_num_threads()
+leave(); leave()
+print("done")
+"""
+
+
+def clean_env() -> dict[str, str]:
+    started = ("SLURM_", "SUBMITIT_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(started)}
+
+
+def run_ranks(code: str, envs: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Exit code and output of one process an environment, started together."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::FutureWarning", "-c", code],
+            env=clean_env() | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for env in envs
+    ]
+    try:
+        texts = [rank.communicate(timeout=120)[0] for rank in ranks]
+        return [(rank.returncode, text) for rank, text in zip(ranks, texts)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_collectives_of_one():
+    assert run_ranks(COLLECTIVES, [{}]) == [(0, "done\n")]
+
+
+def test_collectives_of_two_slurm_tasks():
+    """Started as srun would, meeting on the host of the step and the port drawn from the job's number."""
+    shared = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    envs = [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    assert run_ranks(COLLECTIVES, envs) == [(0, "done\n")] * 2
+
+
+def test_no_meeting_is_one_line():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = "from mcf.distributed import join\ntry: join(timeout=1)\nexcept Exception as e: print(type(e).__name__, e)"
+    ((status, text),) = run_ranks(code, [env])
+    assert status == 0
+    assert f"UserError rank 1 of 2 could not join the group at 127.0.0.1:{port} over gloo" in text
