@@ -107,6 +107,8 @@ def _open(content: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         if content.startswith(_MAGIC):
             raise Refused(DAMAGED, "the header is broken or incomplete") from None
+        if content[4:8] == b"ftyp":
+            raise Refused(UNSUPPORTED, "HEIC, AVIF or a video: convert it first") from None
         raise Refused(NOT_AN_IMAGE) from None
     except Exception as error:  # decoders of broken files raise whatever they stumble over
         raise Refused(DAMAGED, f"{type(error).__name__}: {error}") from None

@@ -7,6 +7,7 @@ a second time with other bytes put before the EOI: a complete scan does not read
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from dataclasses import dataclass
@@ -88,11 +89,11 @@ def complete(content: bytes, parts: Structure, image: Image.Image) -> bool:
         return True
     other = content[:end] + _FILLER + b"\xff\xd9"
     try:
-        return _pixels(content) == _pixels(other)
+        return _fingerprint(content) == _fingerprint(other)
     except (OSError, SyntaxError):
         return False
 
 
-def _pixels(content: bytes) -> bytes:
+def _fingerprint(content: bytes) -> bytes:
     with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-        return image.tobytes()
+        return hashlib.sha256(image.tobytes()).digest()

@@ -29,7 +29,9 @@ class PackConfig(Section):
     max_pixels: Positive = Field(100_000_000, description="images with more pixels are left out undecoded")
     max_bytes: Positive = Field(256 * 2**20, description="files with more bytes are left out unread")
     seed: NonNegative = Field(0, description="seed of the order in which images are spread over the shards")
-    workers: Positive | None = Field(None, description="processes; default: one for each core")
+    workers: Positive | None = Field(
+        None, description="processes; default: one for each core, at least 2. 1 is this process itself"
+    )
     verify: bool = Field(False, description="instead of packing, read the shards in `out` and check every checksum")
 
     def decisive(self) -> dict[str, Any]:

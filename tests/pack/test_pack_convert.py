@@ -87,6 +87,9 @@ def palette() -> bytes:
         pytest.param(palette, 6.0, id="palette: 256 colours for a gradient are a few levels off"),
         pytest.param(lambda: encode(scene(), "WEBP", lossless=True), CLOSE, id="webp"),
         pytest.param(lambda: encode(scene(), "BMP"), CLOSE, id="bmp"),
+        pytest.param(
+            lambda: encode(scene(), "MPO", quality=95, save_all=True, append_images=[scene(seed=9)]), CLOSE, id="mpo"
+        ),
         pytest.param(lambda: encode(scene(), "TIFF"), CLOSE, id="tiff"),
         pytest.param(lambda: encode(scene(), progressive=True), CLOSE, id="progressive"),
         pytest.param(lambda: encode(scene(), keep_rgb=True), CLOSE, id="jpeg that stores RGB"),
@@ -144,9 +147,11 @@ def test_cmyk_without_a_profile_follows_the_plain_formula():
     assert np.abs(found - wanted).max() < 14
 
 
-def test_a_broken_cmyk_profile_does_not_lose_the_image():
+@pytest.mark.parametrize("kind", ["broken", "of another colour space"])
+def test_a_wrong_cmyk_profile_does_not_lose_the_image(kind):
     image = Image.new("CMYK", (64, 64), (10, 200, 30, 0))
-    with_profile = prepare(encode(image, icc_profile=b"no profile at all" * 20), KEEP)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    with_profile = prepare(encode(image, icc_profile=b"no profile at all" * 20 if kind == "broken" else srgb), KEEP)
     assert np.array_equal(decode(with_profile.jpeg), decode(prepare(encode(image), KEEP).jpeg))
 
 
@@ -216,6 +221,7 @@ def test_other_forms_cut_short_are_refused(form, share):
         (b"", convert.EMPTY),
         (b"a text, perhaps notes", convert.NOT_AN_IMAGE),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", convert.NOT_AN_IMAGE),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", convert.UNSUPPORTED),
         (b"\xff\xd8\xff\xe0", convert.DAMAGED),
         (b"\x89PNG\r\n\x1a\n", convert.DAMAGED),
         (bytes(range(256)) * 40, convert.NOT_AN_IMAGE),
