@@ -124,9 +124,10 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     mine = {name: settings.pop(name) for name in list(settings) if name.partition(".")[0] in options.model_fields}
     if chosen is not None and chosen.value:
         settings = {**read_recipe(str(chosen.value)), **settings}
+    own_values = _validate(options, mine, verb)
     recipe = _validate(Recipe, settings, verb)
     checks.check(recipe)
-    return recipe, _validate(options, mine, verb)
+    return recipe, own_values
 
 
 def read_recipe(recipe: str) -> dict[str, Setting]:
