@@ -13,7 +13,7 @@ Names of metrics, as every sink shows them:
     lr, momentum, grad_norm
     rate/images_per_s     of all ranks
     rate/data_wait        share of the time, 0–1, that the step waited for data
-    memory/gib            largest memory of a device (without a GPU: of the process), GiB
+    memory/peak_gib       largest memory of a device (without a GPU: of the process), GiB
     GROUP/name            anything else; charts are grouped by what stands before the slash
 """
 
@@ -67,12 +67,11 @@ class Tracker:
             stream: where lines go, stdout by default.
         """
         self.run_dir = Path(run_dir)
-        #: What a user does to see the MLflow page; None where there is none.
-        self.how_to_open: str | None = None
         self._recipe = recipe
         self._run_id = run_id
         self._told: set[str] = set()
         self._uncut = True
+        self._closed = False
         self._metrics: jsonl.Writer | None = None
         self._events: jsonl.Writer | None = None
         self._console: Console | None = None
@@ -87,7 +86,7 @@ class Tracker:
             self._events = jsonl.Writer(self.run_dir / jsonl.EVENTS)
         if recipe.track.mlflow != "off":
             with self._guarded("MLflow"):
-                from mcf.track.mlflow import MLflowSink, how_to_open
+                from mcf.track.mlflow import MLflowSink
 
                 self._mlflow = MLflowSink(
                     recipe,
@@ -97,12 +96,16 @@ class Tracker:
                     start=start,
                     tell=lambda line: self.event("tracking", message=line),
                 )
-                self.how_to_open = how_to_open(self._mlflow.uri)
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of this run; None until the server has given one."""
         return self._mlflow.run_id if self._mlflow is not None else self._run_id
+
+    @property
+    def how_to_open(self) -> str | None:
+        """What a user does to see the MLflow page; None where there is none."""
+        return self._mlflow.how_to_open if self._mlflow is not None else None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers after optimiser step `step` (counted from 1, rising). Returns in well under a millisecond."""
@@ -114,7 +117,7 @@ class Tracker:
                     self._uncut = False
                     self._metrics.cut(step)
                 self._metrics.append(record)
-        if self._mlflow is not None:
+        if self._mlflow is not None and not self._closed:
             with self._guarded("MLflow"):
                 self._mlflow.metrics(record)
         if self._console is not None:
@@ -157,6 +160,9 @@ class Tracker:
 
     def close(self, status: Literal["finished", "stopped", "failed"] = "finished") -> None:
         """Give MLflow a few seconds for the rest, and close the files. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if self._mlflow is not None:
             with self._guarded("MLflow"):
                 self._mlflow.close(STATUS[status])
@@ -167,8 +173,7 @@ class Tracker:
         for close in closers:
             with self._guarded("close"):
                 close()
-        self._run_id = self.run_id
-        self._console = self._metrics = self._events = self._mlflow = None
+        self._console = self._metrics = self._events = None
 
     def __enter__(self) -> Tracker:
         return self

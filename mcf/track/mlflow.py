@@ -19,6 +19,7 @@ import math
 import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ VALUES_A_BATCH = 100
 PARAMETER_LENGTH = 6000
 TAG_LENGTH = 5000
 BAD_IN_NAME = re.compile(r"[^\w .:/-]", re.ASCII)
+
+# Without the kind, MLflow's page takes an experiment without models for one about language models.
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "Pre-training of face encoders (Mask Contrastive Face): one run is one training run.",
+}
 
 NOT_METRICS = {"step", "samples", "time"}
 # Keys that may differ between two launches of one training run: how it is run, not what is computed.
@@ -93,6 +100,7 @@ class MLflowSink:
         self._run_dir = Path(run_dir)
         self._description = description
         self._start = start
+        self._opened = time.time()
         self._tell = tell
         self._queue: deque[dict[str, Any] | Artifact] = deque()
         self._lock = threading.Lock()
@@ -100,12 +108,18 @@ class MLflowSink:
         self._closing = threading.Event()
         self._status = "FINISHED"
         self._client: Any = None
+        self._experiment_id: str | None = None
         self._known = -1  # last step that the server had when this process connected
         self._sent = -1  # last step that it has now
         self._gap = True  # whether metrics.jsonl may hold steps after `_sent` that are not in the queue
         self._away = False
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
+
+    @property
+    def how_to_open(self) -> str:
+        """What a user does to see this run's page."""
+        return how_to_open(self.uri, self._experiment_id, self.run_id if self._experiment_id else None)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Queue a record; it must be in metrics.jsonl already, where it is looked up if it falls out of the queue."""
@@ -147,37 +161,30 @@ class MLflowSink:
         except _GivenUp:
             self._tell(f"MLflow at {self.uri} has no steps after {max(0, self._sent)}; {jsonl.METRICS} has all of them")
         except ModuleNotFoundError as error:
-            self._tell(f"{missing_package(error.name or 'mlflow', 'track.mlflow')}; {jsonl.METRICS} has everything")
+            self._tell(
+                f"{missing_package((error.name or 'mlflow').partition('.')[0], 'track.mlflow')}; {jsonl.METRICS} has everything"
+            )
         except Exception as error:  # a thread that died in silence would look like a run without numbers
             self._tell(f"MLflow tracking ended ({_reason(error)}); {jsonl.METRICS} has everything")
 
     def _insist(self, action: Callable[[], None]) -> None:
         """Do it until it succeeds or the run ends; say once that the server is away, and once that it is back."""
         pause = FIRST_PAUSE
-        while True:
-            try:
-                action()
-            except ModuleNotFoundError:
-                raise
-            except Exception as error:  # noqa: PERF203
-                if not self._away:
-                    self._away = True
-                    self._tell(
-                        f"MLflow at {self.uri} is not reachable ({_reason(error)}); training goes on, {jsonl.METRICS} "
-                        "has everything, and it is sent when the server is back"
-                    )
-                if self._closing.is_set():
-                    raise _GivenUp from error
-                self._closing.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-            else:
-                if self._away and self._client is not None and action != self._connect:
-                    self._away = False
-                    late = f"; {self.dropped} fell out of the queue on the way" if self.dropped else ""
-                    self._tell(
-                        f"MLflow at {self.uri} is back and has all records up to step {max(0, self._sent)}{late}"
-                    )
-                return
+        while (error := _attempt(action)) is not None:
+            if not self._away:
+                self._away = True
+                self._tell(
+                    f"MLflow at {self.uri} is not reachable ({_reason(error)}); training goes on, {jsonl.METRICS} has "
+                    "everything, and is sent once it answers"
+                )
+            if self._closing.is_set():
+                raise _GivenUp from error
+            self._closing.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        if self._away and action != self._connect:
+            self._away = False
+            late = f"; {self.dropped} fell out of the queue on the way" if self.dropped else ""
+            self._tell(f"MLflow at {self.uri} is back and has all records up to step {max(0, self._sent)}{late}")
 
     def _connect(self) -> None:
         from mlflow.tracking import MlflowClient
@@ -185,7 +192,7 @@ class MLflowSink:
         _quiet()
         client = MlflowClient(tracking_uri=self.uri)
         run = self._reopen(client) or self._create(client)
-        self.run_id = run.info.run_id
+        self.run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
         self._remember()
         self._describe(client, run)
         self._known = self._sent = int(run.data.tags.get(STEP_TAG, -1))
@@ -214,13 +221,16 @@ class MLflowSink:
         name = self._recipe.track.experiment
         if client.get_experiment_by_name(name) is None:
             try:
-                client.create_experiment(name, artifact_location=_artifacts(self.uri, self._run_dir))
+                client.create_experiment(name, _artifacts(self.uri, self._run_dir), tags=EXPERIMENT_TAGS)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was quicker
                     raise
         experiment = client.get_experiment_by_name(name)
         return client.create_run(
-            experiment.experiment_id, run_name=self._recipe.name, tags=tags(self._run_dir, self._description)
+            experiment.experiment_id,
+            start_time=int(self._opened * 1000),
+            run_name=self._recipe.name,
+            tags=tags(self._run_dir, self._description),
         )
 
     def _describe(self, client: Any, run: Any) -> None:
@@ -345,6 +355,7 @@ ENVIRONMENT = {
     # The thread tries again itself: it knows when the run ends.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -356,11 +367,12 @@ def tracking_uri(recipe: Recipe, run_dir: Path) -> str:
     return recipe.track.mlflow
 
 
-def how_to_open(uri: str) -> str:
-    """What a user does to see the page."""
+def how_to_open(uri: str, experiment_id: str | None = None, run_id: str | None = None) -> str:
+    """What a user does to see the page of a run (or, without one, the server's first page)."""
+    page = f"/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning" if run_id else ""
     if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri}  (then open http://127.0.0.1:5000)"
+        return f"open {uri.rstrip('/')}{page}"
+    return f"mlflow ui --workers 1 --backend-store-uri '{uri}', then open http://127.0.0.1:5000{page}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -392,9 +404,23 @@ def _artifacts(uri: str, run_dir: Path) -> str | None:
     return (Path(run_dir).resolve().parent / "mlartifacts").as_uri()
 
 
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    """Do it, and return what went wrong. Only a missing package is not worth another try."""
+    try:
+        action()
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
 def _reason(error: Exception) -> str:
-    """The innermost cause in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What went wrong in a line: the system's own word at the bottom of a chain, else the top's."""
+    cause: BaseException = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    text = " ".join(str(cause if isinstance(cause, OSError) and str(cause) else error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "…"
 
 

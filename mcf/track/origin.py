@@ -43,7 +43,7 @@ def tags(run_dir: Path, description: str) -> dict[str, str]:
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
         "mlflow.source.git.commit": commit,
         "mcf.version": __version__,
-        "mcf.code": code_version() if changes else commit,
+        "mcf.code": code_version() if changes else "",
         "mcf.host": socket.gethostname(),
         "mcf.run_dir": str(Path(run_dir).resolve()),
         "mcf.slurm_job": os.environ.get("SLURM_JOB_ID", ""),
