@@ -1,0 +1,29 @@
+"""`python -m mcf.bench part=loader|step key=value …`: hands over to the part's module, which has its own keys."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from mcf import cli
+from mcf.errors import UserError
+
+PARTS = {"loader": "images/s of the data's way, beside plain loops", "step": "images/s of the training step"}
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """Run the benchmark that `part` names."""
+    named = [word.removeprefix("part=") for word in argv if word.startswith("part=")]
+    rest = [word for word in argv if not word.startswith("part=")]
+    if not named and any(word in ("-h", "--help", "help") for word in rest):
+        print("usage: python -m mcf.bench part=PART key=value …   (part=PART --help lists its keys)")
+        print("\n".join(f"  part={part:8} {does}" for part, does in PARTS.items()))
+        return 0
+    if len(named) != 1 or named[0] not in PARTS:
+        raise UserError(f"part={','.join(named) or 'not set'}; give one of: {', '.join(f'part={p}' for p in PARTS)}")
+    return importlib.import_module(f"mcf.bench.{named[0]}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

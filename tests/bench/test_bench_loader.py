@@ -1,0 +1,66 @@
+"""The loader's benchmark: it measures what it says, and refuses to time a loader that is wrong."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mcf.bench.__main__ import main
+from mcf.data.dali import Decoder
+from mcf.data.shards import ShardWriter, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    file = tmp_path / "face.jpg"
+    with ShardWriter(tmp_path / "shard-00000.tar") as writer:
+        for i in range(64):
+            rng = np.random.default_rng(i)
+            small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            small.resize((48, 48), Image.Resampling.BICUBIC).save(file)
+            writer.add(f"face{i}", file.read_bytes())
+        write_manifest(tmp_path, [writer.close()], {})
+    return tmp_path
+
+
+def arguments(folder, *more):
+    small = ["batch=16", "micro_batch=8", "streams=8", "window=8", "image_size=32", "threads=1"]
+    return ["part=loader", f"data={folder}", *small, "rounds=2", "seconds=0.2", *more]
+
+
+def test_rates_and_waits_are_those_of_the_loop(folder, monkeypatch, capsys):
+    plain = Decoder.decode
+
+    def slow(self, jpegs, mirror):
+        if len(jpegs) == 8:
+            time.sleep(0.02)  # 8 images in 20 ms: 400 images/s at the most
+        return plain(self, jpegs, mirror)
+
+    monkeypatch.setattr(Decoder, "decode", slow)
+    assert main(arguments(folder, f"json_file={folder / 'numbers.json'}", "train_rate=50")) == 0
+    report = json.loads((folder / "numbers.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    # The upper bound holds but for batches made ready before the clock ran: the queue's 3, of at least 5 a round.
+    assert 20 < rows["loader"]["images_per_s"][1] < 400 * 8 / 5
+    assert 20 < rows["DALI"]["images_per_s"][1] <= 400
+    assert 20 < rows["beside a step"]["images_per_s"][1] <= 51  # the step is what bounds it,
+    assert rows["beside a step"]["wait_share"] < 0.5 < rows["loader"]["wait_share"]  # and the loader is ahead of it
+    assert report["bad_image_s"] > 0 and report["error_against_pillow"] <= 2
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_wrong_pictures_are_not_timed(folder, monkeypatch, capsys):
+    plain = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda *a: plain(*a).flip(1))
+    assert main(arguments(folder)) == 2
+    assert "not timed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"), [([], "part=loader"), (["part=nothing"], "part=nothing"), (["part=loader"], "data")]
+)
+def test_what_to_measure_must_be_said(argv, words, capsys):
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
