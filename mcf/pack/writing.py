@@ -118,7 +118,9 @@ def handle(candidate: Candidate, options: PackConfig) -> Prepared | LeftOut:
     except convert.Refused as refusal:
         return LeftOut(candidate.name, refusal.reason, refusal.detail)
     except OSError as error:
-        return LeftOut(candidate.name, UNREADABLE, error.strerror or type(error).__name__)
+        return LeftOut(candidate.name, UNREADABLE, error.strerror or str(error))
+    except Exception as error:  # whatever one image brings about, it is told in the report and stops nothing
+        return LeftOut(candidate.name, convert.DAMAGED, f"{type(error).__name__}: {error}")
 
 
 def _died(candidate: Candidate) -> Prepared | LeftOut:

@@ -25,7 +25,7 @@ from scenes import encode, jpeg, scene, tree
 
 from mcf.data.shards import ShardWriter, load_manifest, verify
 from mcf.errors import UserError
-from mcf.pack import writing
+from mcf.pack import convert, writing
 from mcf.pack.__main__ import main
 from mcf.pack.options import PackConfig
 from mcf.pack.writing import pack
@@ -306,6 +306,18 @@ def test_a_file_that_may_not_be_read_is_named(source, tmp_path, monkeypatch):
     assert pack(options(source, tmp_path / "out")).samples == 23
     listed = json.loads((tmp_path / "out/report.json").read_text())["files_left_out"]
     assert {"name": "d1/1.jpg", "reason": "unreadable", "detail": "Permission denied"} in listed
+
+
+def test_an_error_nobody_thought_of_costs_one_image(source, tmp_path, monkeypatch):
+    def prepare(content, options, genuine=convert.prepare):
+        if content == jpeg(3):
+            raise ZeroDivisionError("of a codec")
+        return genuine(content, options)
+
+    monkeypatch.setattr(convert, "prepare", prepare)
+    assert pack(options(source, tmp_path / "out")).samples == 23
+    listed = json.loads((tmp_path / "out/report.json").read_text())["files_left_out"]
+    assert {"name": "d0/3.jpg", "reason": "damaged", "detail": "ZeroDivisionError: of a codec"} in listed
 
 
 def test_names_of_any_bytes_are_packed_and_reported(tmp_path):
