@@ -10,7 +10,11 @@ from mcf.config import NonNegative, Positive, Section
 
 
 class PackConfig(Section):
-    """Everything but `workers` and `verify` decides the bytes that are written, and is kept in the manifest."""
+    """A folder of images becomes JPEG shards with an index, a manifest and a report of what was left out and why.
+
+    Interrupted, it goes on where it was when the same command is given again. The number of workers changes nothing
+    in what is written.
+    """
 
     source: str | None = Field(None, description="folder of images, read with all its subfolders")
     out: str | None = Field(
