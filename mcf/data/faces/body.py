@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from PIL import Image
 
 from mcf.data.faces import noise
 from mcf.data.faces.canvas import Canvas, ellipsoid
@@ -46,13 +49,10 @@ def backdrop(canvas: Canvas, parameters: FaceParameters) -> None:
         leaves += noise.at(noise.table(9, 9), x * 150 + rng.uniform(0, 256), y * 150)
         mix(picture, third, ramp(leaves, -0.4, 1.2) * 0.8)
         mix(picture, np.clip(first * 2, 0, 1), ramp(leaves, 1.2, 2.2) * 0.7)
-    grid = picture.reshape(side, side, 3)
-    at = np.clip((np.arange(canvas.side) + 0.5) * side / canvas.side - 0.5, 0, side - 1.001).astype(np.float32)
-    low = at.astype(np.int32)
-    part = at - low
-    rows = grid[low] * (1 - part)[:, None, None] + grid[low + 1] * part[:, None, None]
-    full = rows[:, low] * (1 - part)[:, None] + rows[:, low + 1] * part[:, None]
-    canvas.colour[:] = full.reshape(-1, 3)
+    wide = (canvas.side, canvas.side)
+    for channel in range(3):
+        plane = Image.fromarray(np.ascontiguousarray(picture[:, channel].reshape(side, side), np.float32))
+        canvas.colour[:, channel] = np.asarray(plane.resize(wide, Image.Resampling.BILINEAR)).ravel()
 
 
 def hair_behind(canvas: Canvas, parameters: FaceParameters, turn: Floats, light: Light) -> None:
@@ -83,7 +83,7 @@ def body(canvas: Canvas, parameters: FaceParameters, f: Features, turn: Floats, 
     """Neck, cloth and necklace; `canvas` must not hold the head yet."""
     who, now = parameters.identity, parameters.scene
     jaw = turn @ np.array([0, f.chin + 0.3, -0.12], np.float32)
-    lean = 0.25 * np.tan(np.radians(now.roll))
+    lean = 0.25 * math.tan(math.radians(now.roll))
     at, x, y = canvas.box(-9, 9, -9, jaw[1] + 0.25)
     down = jaw[1] - y
     centre = jaw[0] - lean * np.clip(down, 0, 1.2) - 0.12 * jaw[0] * np.clip(down, 0, 1)
@@ -91,6 +91,8 @@ def body(canvas: Canvas, parameters: FaceParameters, f: Features, turn: Floats, 
     neck = (0.43 + 0.09 * who.masculine) * who.width
     flare = 0.4 * np.maximum(0, down - 0.3) ** 1.6 + 2.0 * np.maximum(0, down - 0.52) ** 1.05
     outline = neck + 0.05 * np.clip(down, 0, 0.4) + flare
+    some = np.abs(side) < outline + 0.05
+    at, x, y, down, side, outline = (values[some] for values in (at, x, y, down, side, outline))
     across = side / np.maximum(outline, 0.05)
     cover = ramp(outline - np.abs(side), -canvas.pixel, canvas.pixel)
     round_ = np.clip(side / (neck * 1.25), -1, 1) * np.exp(-(np.maximum(0, np.abs(side) - neck) * 1.5))

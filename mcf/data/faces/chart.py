@@ -43,6 +43,31 @@ def locate(x: Floats, y: Floats, z: Floats, cells: int = CELLS) -> tuple[Floats,
     return np.clip(x * q + half, 0, top), np.clip(y * q + half, 0, top), r
 
 
+class Radii:
+    """A table of radii made ready for many look-ups: the four coefficients of each cell lie together."""
+
+    def __init__(self, radius: Floats):
+        self.cells = radius.shape[0]
+        self.largest = float(radius.max())
+        coefficients = np.zeros((*radius.shape, 4), np.float32)
+        coefficients[..., 0] = radius
+        coefficients[:, :-1, 1] = radius[:, 1:] - radius[:, :-1]
+        coefficients[:-1, :, 2] = radius[1:] - radius[:-1]
+        coefficients[:-1, :, 3] = coefficients[1:, :, 1] - coefficients[:-1, :, 1]
+        self._coefficients = coefficients.reshape(-1, 4)
+
+    def gap(self, x: Floats, y: Floats, z: Floats) -> Floats:
+        """Distance of points outside the surface along the radius (negative inside)."""
+        column, row, r = locate(x, y, z, self.cells)
+        i, j = row.astype(np.int32), column.astype(np.int32)
+        row -= i
+        column -= j
+        i *= self.cells
+        i += j
+        c = self._coefficients.take(i, axis=0)
+        return r - (c[:, 0] + c[:, 1] * column + row * (c[:, 2] + c[:, 3] * column))
+
+
 def bilinear(table: Floats, column: Floats, row: Floats) -> Floats:
     """Values of `table` [cells, cells] or [cells, cells, C] at fractional positions [N]."""
     cells = table.shape[0]
@@ -63,14 +88,8 @@ def bilinear(table: Floats, column: Floats, row: Floats) -> Floats:
     return low
 
 
-def gap(radius: Floats, x: Floats, y: Floats, z: Floats) -> Floats:
-    """Distance outside the surface along the radius (negative inside)."""
-    column, row, r = locate(x, y, z, radius.shape[0])
-    return r - bilinear(radius, column, row)
-
-
 def march(
-    radius: Floats, rotation: Floats, x: Floats, y: Floats, depth: Floats, steps: int, relax: float = 0.8
+    radii: Radii, rotation: Floats, x: Floats, y: Floats, depth: Floats, steps: int, relax: float = 0.8
 ) -> tuple[Floats, Floats]:
     """Follow rays of the camera's plane points (x, y) from `depth` inward: final depth and gap, both [N].
 
@@ -81,7 +100,7 @@ def march(
     depth = depth.copy()
     outside = depth
     for step in range(steps):
-        outside = gap(radius, ox + back[0, 2] * depth, oy + back[1, 2] * depth, oz + back[2, 2] * depth)
+        outside = radii.gap(ox + back[0, 2] * depth, oy + back[1, 2] * depth, oz + back[2, 2] * depth)
         if step < steps - 1:
             depth -= relax * outside
     return depth, outside
@@ -95,11 +114,12 @@ def cast(radius: Floats, rotation: Floats, xs: Floats, ys: Floats, coarse: int =
     """
     height, width = len(ys), len(xs)
     pixel = abs(float(xs[1] - xs[0]))
-    reach = float(radius.max()) + 0.01
+    radii = Radii(radius)
+    reach = radii.largest + 0.01
     cx, cy = np.meshgrid(xs[coarse // 2 :: coarse], ys[coarse // 2 :: coarse])
     inside = cx * cx + cy * cy < reach * reach
     start = np.sqrt(reach * reach - cx[inside] ** 2 - cy[inside] ** 2).astype(np.float32)
-    depth, outside = march(radius, rotation, cx[inside], cy[inside], start, 20, 0.7)
+    depth, outside = march(radii, rotation, cx[inside], cy[inside], start, 20, 0.7)
     grid = np.full(cx.shape, -9, np.float32)
     # Rays that pass close by may still hold a pixel of the outline: they start the fine search, too.
     grid[inside] = np.where(outside < coarse * pixel, depth, -9)
@@ -109,18 +129,18 @@ def cast(radius: Floats, rotation: Floats, xs: Floats, ys: Floats, coarse: int =
     fine = np.ascontiguousarray(fine[:height, :width]).ravel()
     at = np.flatnonzero(fine > -8)
     x, y = xs[at % width], ys[at // width]
-    depth, outside = march(radius, rotation, x, y, fine[at], 6, 0.85)
+    depth, outside = march(radii, rotation, x, y, fine[at], 4, 0.85)
     cover = np.ones_like(depth)
     # Few rays are left that graze an outline or fall behind the nose: these go on alone.
     left = np.flatnonzero(outside > 0.2 * pixel)
     nearest = outside[left]
-    reach = -np.sqrt(np.maximum(0, float(radius.max()) ** 2 - x * x - y * y)) - 0.05
+    behind = -np.sqrt(np.maximum(0, reach * reach - x * x - y * y))
     for _ in range(5):
-        tail, gap_left = march(radius, rotation, x[left], y[left], depth[left] - 0.7 * np.maximum(outside[left], 0), 5)
+        tail, gap_left = march(radii, rotation, x[left], y[left], depth[left] - 0.7 * np.maximum(outside[left], 0), 5)
         nearest = np.minimum(nearest, gap_left)
         depth[left], outside[left] = tail, gap_left
         cover[left] = np.where(gap_left > 0.2 * pixel, np.clip(1 - nearest / pixel, 0, 1), 1)
-        on = (gap_left > 0.2 * pixel) & (tail > reach[left])
+        on = (gap_left > 0.2 * pixel) & (tail > behind[left])
         left, nearest = left[on], nearest[on]
     seen = cover > 0.02
     return at[seen], np.stack([depth[seen], cover[seen], x[seen], y[seen]])
@@ -139,10 +159,10 @@ def shadow(radius: Floats, normal: Floats, light: Floats, every: int = 3) -> Flo
     r = radius[::every, ::every]
     p = (r[..., None] * directions(radius.shape[0])[::every, ::every] + 0.025 * normal[::every, ::every]).reshape(-1, 3)
     lit = np.ones(len(p), np.float32)
-    small = np.ascontiguousarray(r)
+    small = Radii(r)
     for t in (0.03, 0.07, 0.12, 0.19, 0.28, 0.4):
         q = p + np.float32(t) * light
-        outside = gap(small, *np.ascontiguousarray(q.T))
+        outside = small.gap(*np.ascontiguousarray(q.T))
         lit = np.minimum(lit, np.clip(0.75 + outside / (0.25 * t + 0.015), 0, 1))
     blurred = ndimage.gaussian_filter(lit.reshape(r.shape), 0.8)
     full = ndimage.zoom(blurred, radius.shape[0] / r.shape[0], order=1, mode="nearest")

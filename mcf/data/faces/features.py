@@ -65,8 +65,8 @@ class Features:
         mouth = base - 0.205 * who.length
         return cls(
             eye_x=0.315 * who.eye_gap * who.width,
-            eye_half=0.155 * who.eye_width,
-            eye_upper=0.067 * who.eye_height * now.eye_open * squint,
+            eye_half=0.16 * who.eye_width,
+            eye_upper=0.07 * who.eye_height * now.eye_open * squint,
             eye_lower=0.034 * who.eye_height * (0.4 + 0.6 * min(1.0, now.eye_open)) * squint,
             eye_tilt=0.022 * who.eye_tilt,
             brow_y=0.165 * who.brow_height + 0.03 + 0.028 * now.brow_raise,

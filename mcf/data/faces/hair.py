@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from mcf.data.faces import chart, noise
 from mcf.data.faces.chart import Floats
@@ -59,8 +58,7 @@ def cover(parameters: FaceParameters, head: Head) -> Cover:
     style = who.hair_style
     radius = head.radius
     hair = np.full_like(radius, NOWHERE)
-    uneven = ndimage.gaussian_filter(noise.table(1, 1), 7, mode="wrap")[: chart.CELLS, : chart.CELLS] * 12
-    uneven = np.roll(uneven, who.texture % 64, axis=1)
+    uneven = np.roll(noise.table(7, 7), who.texture % 256, axis=1)[: chart.CELLS, : chart.CELLS]
     if style != "bald":
         shape = {"receding": RECEDED, "fringe": FRINGE}.get(style, HAIRLINE)
         if style in HANGING and who.part > 0.45:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator, RectBivariateSpline
+from scipy import ndimage
+from scipy.interpolate import PchipInterpolator
 
 from mcf.data.faces import chart
 from mcf.data.faces.chart import Floats
@@ -96,9 +97,8 @@ def _skull(who: Identity, features: Features) -> Floats:
         inside = (np.abs(p[:, 0]) / width) ** 2.3 + (np.abs(dz) / np.maximum(depth, 0.01)) ** 2.3 < 1
         inside &= (at > 0) & (at < ROWS - 1)
         inner, outer = np.where(inside, r, inner), np.where(inside, outer, r)
-    coarse = np.linspace(0, 1, COARSE)
-    fine = np.linspace(0, 1, chart.CELLS)
-    return RectBivariateSpline(coarse, coarse, inner.reshape(COARSE, COARSE), s=0.01)(fine, fine).astype(np.float32)
+    smooth = ndimage.gaussian_filter(inner.reshape(COARSE, COARSE), 0.7, mode="nearest")
+    return ndimage.zoom(smooth, chart.CELLS / COARSE, order=3, mode="nearest")
 
 
 def _relief(who: Identity, f: Features, grin: float, base: Floats) -> Floats:
@@ -160,7 +160,7 @@ def build(parameters: FaceParameters) -> Head:
     frontal = f.frontal_landmarks().astype(np.float32)
     still = np.eye(3, dtype=np.float32)
     start = np.full(len(frontal), 1.5, np.float32)
-    depth, _ = chart.march(radius, still, frontal[:, 0], frontal[:, 1], start, 24)
+    depth, _ = chart.march(chart.Radii(radius), still, frontal[:, 0], frontal[:, 1], start, 24)
     features = np.column_stack([frontal, depth]).astype(np.float64)
     paths = _jaw_paths(radius, f)
     return Head(f, base, radius, np.concatenate([paths[:, 0], features]), paths)
@@ -173,19 +173,18 @@ def _jaw_paths(radius: Floats, f: Features) -> NDArray[np.float64]:
     y = 0.02 + (f.chin - 0.02) * height
     # In a cut at height y the outline seen from the front is where |x| is largest.
     azimuth = np.radians(np.linspace(0, 105, 106))
-    edge = np.zeros((JAW_POINTS, 3))
-    for i in range(JAW_POINTS):
-        side = 1.0 if turn[i] >= 0 else -1.0
-        n = np.stack([np.sin(azimuth) * side, np.zeros_like(azimuth), np.cos(azimuth)], axis=1)
-        rho = np.full(len(azimuth), 0.5)
-        for _ in range(8):  # radius at fixed height: solve |(rho, y)| = radius(direction)
-            p = n * rho[:, None]
-            p[:, 1] = y[i]
-            column, row, r = chart.locate(*p.T.astype(np.float32))
-            rho = np.clip(rho * chart.bilinear(radius, column, row) / r, 0.02, 1.5)
-        p = n * rho[:, None]
-        p[:, 1] = y[i]
-        edge[i] = p[np.argmax(np.abs(p[:, 0]))]
+    side = np.where(turn < 0, -1, 1)[:, None]
+    ray_x, ray_z = np.sin(azimuth) * side, np.broadcast_to(np.cos(azimuth), (JAW_POINTS, len(azimuth)))
+    rho = np.full(ray_x.shape, 0.5)
+    level = np.broadcast_to(y[:, None], ray_x.shape)
+    for _ in range(8):  # radius at fixed height: solve |(rho, y)| = radius(direction)
+        p = np.stack([ray_x * rho, level, ray_z * rho]).astype(np.float32)
+        column, row, r = chart.locate(*p)
+        on = chart.bilinear(radius, column.ravel(), row.ravel()).reshape(r.shape)
+        rho = np.clip(rho * on / r, 0.02, 1.5)
+    widest = np.argmax(np.abs(ray_x * rho), axis=1)
+    of = np.arange(JAW_POINTS)
+    edge = np.stack([(ray_x * rho)[of, widest], y, (ray_z * rho)[of, widest]], axis=1)
     edge[JAW_POINTS // 2] = (0, f.chin + 0.012, 0.66)
     inner = np.array([0, (f.mouth_y + f.chin) / 2 * 0.5 - 0.1, 0.75])
     share = np.linspace(0, 0.75, 16)[:, None]

@@ -142,8 +142,7 @@ def sample_identity(seed: int, person: int) -> Identity:
     at = (1 - darkness) ** 0.8 * (len(HAIR_COLOURS) - 2)
     natural = np.array(HAIR_COLOURS[6 if rng.uniform() < 0.07 * (1 - melanin) * 2 else round(at)]) / 255.0
     grey = np.clip((age - 0.5) * 2.2 + rng.normal(0, 0.18), 0, 1)
-    dyed = rng.uniform() < 0.03
-    hair_colour = rng.uniform(0.1, 0.8, 3) if dyed else natural * (1 - grey) + grey * np.array(GREY_HAIR) / 255
+    hair_colour = natural * (1 - grey) + grey * np.array(GREY_HAIR) / 255
     iris_at = (1 - np.clip(melanin * 1.5 + rng.normal(0, 0.25), 0, 1)) * (len(IRIS_COLOURS) - 1)
     if man:
         weights = (0.09, 0.13, 0.25, 0.13, 0.05, 0.1, 0.05, 0.01, 0.03, 0.14 if age > 0.35 else 0.02, 0.02)
@@ -226,10 +225,10 @@ def sample_scene(seed: int, index: int, identity: Identity) -> Scene:
         earrings=bool(rng.uniform() < 0.5 * (identity.masculine < 0.5)),
         necklace=bool(rng.uniform() < (0.3 if identity.masculine < 0.5 else 0.05)),
         metal=((0.83, 0.66, 0.32), (0.75, 0.76, 0.78))[int(rng.integers(2))],
-        cloth_colour=_any_colour(rng, vivid=0.7),
+        cloth_colour=_any_colour(rng, vivid=0.5),
         collar=("round", "v", "high")[int(rng.choice(3, p=(0.45, 0.35, 0.2)))],
         backdrop=BACKDROPS[int(rng.choice(len(BACKDROPS), p=(0.25, 0.35, 0.25, 0.15)))],
-        backdrop_colours=tuple(_any_colour(rng, vivid=0.6) for _ in range(3)),  # type: ignore[arg-type]
+        backdrop_colours=tuple(_any_colour(rng, vivid=0.3) for _ in range(3)),  # type: ignore[arg-type]
         exposure=float(rng.uniform(0.85, 1.12)),
         blur=float(rng.choice([0.0, 0.0012, 0.003], p=[0.6, 0.3, 0.1])),
         noise=float(rng.uniform(0.001, 0.011)),

@@ -28,7 +28,7 @@ class Face:
 def draw(parameters: FaceParameters, size: int = 256) -> Face:
     """Draw a face, `size` pixels square (64–1024 are tried)."""
     now = parameters.scene
-    side = size * 2 if size <= 160 else size * 3 // 2
+    side = size * 2 if size <= 128 else size * 4 // 3
     canvas = Canvas(side, now.scale, now.centre)
     turn = head.rotation(now.yaw, now.pitch, now.roll)
     lamp = light.of(now)
@@ -41,12 +41,22 @@ def draw(parameters: FaceParameters, size: int = 256) -> Face:
     body.glasses(canvas, parameters, skull.features, turn, lamp)
     body.brim(canvas, parameters, turn, lamp)
 
-    points = head.project_landmarks(skull, turn)
-    x = now.centre[0] * size + points[:, 0] * now.scale * size
-    y = now.centre[1] * size - points[:, 1] * now.scale * size
     at = ((np.arange(size) + 0.5) * side / size).astype(np.intp)
     mask = canvas.label.reshape(side, side)[np.ix_(at, at)]
-    return Face(_develop(canvas, parameters, size), np.stack([x, y], axis=1), np.ascontiguousarray(mask))
+    return Face(_develop(canvas, parameters, size), _pixels(parameters, skull, size), np.ascontiguousarray(mask))
+
+
+def landmarks(parameters: FaceParameters, size: int = 256) -> NDArray[np.float64]:
+    """The landmarks [68, 2] that `draw` gives, without drawing."""
+    return _pixels(parameters, head.build(parameters), size)
+
+
+def _pixels(parameters: FaceParameters, skull: head.Head, size: int) -> NDArray[np.float64]:
+    now = parameters.scene
+    points = head.project_landmarks(skull, head.rotation(now.yaw, now.pitch, now.roll))
+    x = now.centre[0] * size + points[:, 0] * now.scale * size
+    y = now.centre[1] * size - points[:, 1] * now.scale * size
+    return np.stack([x, y], axis=1)
 
 
 def _head(
@@ -114,7 +124,7 @@ def _develop(canvas: Canvas, parameters: FaceParameters, size: int) -> NDArray[n
     tone *= np.float32(1.12 * now.exposure)
     # A soft shoulder keeps highlights from clipping.
     tone = np.where(tone > 0.75, 0.75 + 0.25 * np.tanh((tone - 0.75) / 0.25), tone)
-    encoded = (np.power(tone, np.float32(1 / light.GAMMA)) * 255 + 0.5).astype(np.uint8)
+    encoded = (np.sqrt(tone) * 255 + 0.5).astype(np.uint8)
     picture = Image.fromarray(encoded.reshape(side, side, 3)).resize((size, size), Image.Resampling.BOX)
     pixels = np.asarray(picture, np.float32)
     if now.blur > 0:
