@@ -111,6 +111,9 @@ class Loader:
         self.device = torch.device(device)
         self.threads = data.threads or threads or _share_of_cores()
         self.pauses = pauses
+        # Made here, so that a package or a GPU that is missing is told at once, and so that DALI, which cleans up when
+        # the interpreter exits, does so after the thread has ended (what was registered last goes first).
+        self.decoder = Decoder(image_size, micro_batch, device=self.device, decoder=data.decoder, threads=self.threads)
         self.wait = 0.0
         self._bad: queue.SimpleQueue[BadSample] = queue.SimpleQueue()
         self._producer: _Producer | None = None
@@ -121,7 +124,7 @@ class Loader:
         return self._follow(producer)
 
     def take_bad(self) -> list[BadSample]:
-        """The bad samples found since this was last asked (by the thread that runs ahead: some are not delivered yet)."""
+        """The bad samples found since this was last asked, by the thread that runs ahead: the last are yet to come."""
         found = []
         while not self._bad.empty():
             found.append(self._bad.get())
@@ -149,6 +152,7 @@ class _Producer:
 
     def __init__(self, loader: Loader, bad: queue.SimpleQueue[BadSample]):
         self.loader, self.bad = loader, bad
+        self.decoder = loader.decoder
         self.seen = 0
         self.bad_seen = 0
         self.recent: deque[str] = deque(maxlen=_NAMED)
@@ -161,7 +165,7 @@ class _Producer:
         atexit.register(self.close)  # a thread inside DALI when the interpreter goes would crash it
 
     def get(self) -> Batch:
-        """The next batch, or the error that ended the thread, for as often as it is asked."""
+        """The next batch, or the error that ended the thread."""
         if self.error is None:
             item = self.ready.get()
             if not isinstance(item, BaseException):
@@ -184,7 +188,7 @@ class _Producer:
 
     def _run(self) -> None:
         loader = self.loader
-        reader = decoder = None
+        reader = None
         try:
             reader = Reader(
                 loader.manifest,
@@ -197,22 +201,14 @@ class _Producer:
             )
             if loader.device.type == "cuda":
                 torch.cuda.set_device(loader.device)
-            decoder = Decoder(
-                loader.image_size,
-                loader.micro_batch,
-                device=loader.device,
-                decoder=loader.data.decoder,
-                threads=loader.threads,
-            )
             while not self.closing.is_set():
-                self._put(self._make(reader, decoder))
+                self._put(self._make(reader))
         except BaseException as error:  # the one who waits for a batch must hear of everything
             self._put(error)
         finally:
             if reader is not None:
                 reader.close()
-            if decoder is not None:
-                decoder.close()
+            self.decoder.close()
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self.closing.is_set():
@@ -220,24 +216,24 @@ class _Producer:
                 self.ready.put(item, timeout=0.1)
                 return
 
-    def _make(self, reader: Reader, decoder: Decoder) -> Batch:
+    def _make(self, reader: Reader) -> Batch:
         samples = reader.take(self.loader.micro_batch)
         self.seen += len(samples)
         positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
         mirror = (uniform(self.loader.seed, positions, FLIP) < self.loader.data.flip).numpy()
-        images = self._decode(samples, mirror, reader, decoder)
+        images = self._decode(samples, mirror, reader)
         return Batch(images, positions.to(self.loader.device), [sample.stored.key for sample in samples])
 
-    def _decode(self, samples: list[Sample], mirror: np.ndarray, reader: Reader, decoder: Decoder) -> Tensor:
+    def _decode(self, samples: list[Sample], mirror: np.ndarray, reader: Reader) -> Tensor:
         """Decode a micro-batch; what cannot be decoded is replaced until all can."""
         jpegs = [sample.stored.jpeg for sample in samples]
         reasons = {i: reason for i, sample in enumerate(samples) if (reason := self._known(sample.stored))}
         while True:
             self._refuse_too_many(samples, reasons)
             for i, reason in reasons.items():
-                jpegs[i] = self._stand_in(samples[i], reason, reader, decoder)
+                jpegs[i] = self._stand_in(samples[i], reason, reader)
             try:
-                return decoder.decode(jpegs, mirror)  # type: ignore[arg-type]  # None is replaced above
+                return self.decoder.decode(jpegs, mirror)  # type: ignore[arg-type]  # None is replaced above
             except Undecodable as error:
                 reasons = error.reasons
                 self.undecodable |= {(samples[i].stored.shard, samples[i].stored.row): reasons[i] for i in reasons}
@@ -246,15 +242,15 @@ class _Producer:
         """Why a sample is bad, if that is known before decoding it."""
         return stored.error if stored.jpeg is None else self.undecodable.get((stored.shard, stored.row))
 
-    def _stand_in(self, sample: Sample, reason: str, reader: Reader, decoder: Decoder) -> np.ndarray:
-        """The JPEG of the first good neighbour, found once a sample; the sample is reported each time it comes up."""
+    def _stand_in(self, sample: Sample, reason: str, reader: Reader) -> np.ndarray:
+        """The JPEG of the first good neighbour; the sample is reported each time it comes up."""
         stored = sample.stored
         name = self.loader.manifest.shards[stored.shard].name
         for candidate in reader.neighbours(stored.shard, stored.row):
             if self.closing.is_set():
                 break
             try:
-                decoder.decode([candidate.jpeg], np.zeros(1, dtype=bool))  # type: ignore[list-item]
+                self.decoder.decode([candidate.jpeg], np.zeros(1, dtype=bool))  # type: ignore[list-item]
             except Undecodable:
                 continue
             bad = BadSample(sample.position, name, stored.row, stored.key, reason, candidate.key)
