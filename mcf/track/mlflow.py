@@ -30,13 +30,14 @@ from typing import Any
 from mcf.config import Recipe
 from mcf.errors import missing_package
 from mcf.track import jsonl
-from mcf.track.origin import tags
+from mcf.track.origin import NOTE, tags
 
 LEDGER = "mlflow.json"
 STEP_TAG = "mcf.step"
 
 REQUEST_TIMEOUT = 5  # seconds until an answer is given up
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries, doubling
+PATIENCE = 10.0  # seconds the end of a run waits for the last records
 GATHER = 0.5  # seconds the thread waits after a record, to send several at once
 
 ITEMS_A_TURN = 50  # records taken from the queue at once
@@ -51,7 +52,7 @@ BAD_IN_NAME = re.compile(r"[^\w .:/-]", re.ASCII)
 # Without the kind, MLflow's page takes an experiment without models for one about language models.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "Pre-training of face encoders (Mask Contrastive Face): one run is one training run.",
+    NOTE: "Pre-training of face encoders (Mask Contrastive Face): one run is one training run.",
 }
 
 NOT_METRICS = {"step", "samples", "time"}
@@ -129,8 +130,9 @@ class MLflowSink:
         """Queue a file of the run directory for the artifact folder `folder`."""
         self._put(Artifact(Path(path), folder))
 
-    def close(self, status: str = "FINISHED", timeout: float = 10.0) -> None:
-        """Send the rest for at most `timeout` seconds, and set MLflow's status of the run."""
+    def close(self, status: str = "FINISHED", timeout: float | None = None) -> None:
+        """Send the rest for at most `timeout` seconds (10 by default), and set MLflow's status of the run."""
+        timeout = PATIENCE if timeout is None else timeout
         self._status = status
         self._closing.set()
         self._wake.set()
@@ -174,7 +176,7 @@ class MLflowSink:
             if not self._away:
                 self._away = True
                 self._tell(
-                    f"MLflow at {self.uri} is not reachable ({_reason(error)}); training goes on, {jsonl.METRICS} has "
+                    f"MLflow at {self.uri} fails ({_reason(error)}); training goes on, {jsonl.METRICS} has "
                     "everything, and is sent once it answers"
                 )
             if self._closing.is_set():
@@ -243,7 +245,10 @@ class MLflowSink:
         notes = {f"mcf.changed.{key}": f"{there[key]} → {value}"[:TAG_LENGTH] for key, value in changed.items()}
         for chunk in _chunks([Param(key, value) for key, value in values.items() if key not in there]):
             client.log_batch(run_id, params=chunk)
-        for chunk in _chunks([RunTag(*tag) for tag in {**tags(self._run_dir, self._description), **notes}.items()]):
+        notes |= tags(self._run_dir, self._description)
+        if NOTE in run.data.tags:  # somebody may have edited it on the page
+            notes.pop(NOTE, None)
+        for chunk in _chunks([RunTag(key, value) for key, value in notes.items()]):
             client.log_batch(run_id, tags=chunk)
         if changed or not there:
             step = run.data.tags.get(STEP_TAG)
@@ -416,11 +421,12 @@ def _attempt(action: Callable[[], None]) -> Exception | None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in a line: the system's own word at the bottom of a chain, else the top's."""
+    """What went wrong in a line: the network's own word at the bottom of a chain, else the top's."""
     cause: BaseException = error
-    while cause.__cause__ or cause.__context__:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    text = " ".join(str(cause if isinstance(cause, OSError) and str(cause) else error).split()) or type(error).__name__
+    while below := cause.__cause__ or cause.__context__:
+        cause = below
+    network = isinstance(cause, OSError) or type(cause).__module__.startswith("urllib3")
+    text = " ".join(str(cause if network else error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "…"
 
 

@@ -18,6 +18,7 @@ from mcf.config import Recipe
 ROOT = Path(__file__).resolve().parents[2]
 # A snapshot of the code has no .git: the launcher writes the commit into this file beside it.
 SNAPSHOT_VERSION = "VERSION"
+NOTE = "mlflow.note.content"  # the description on MLflow's page of a run
 
 
 @cache
@@ -38,7 +39,7 @@ def tags(run_dir: Path, description: str) -> dict[str, str]:
     """MLflow's tags of a run: those that its page shows by themselves, and ours under `mcf.`."""
     commit, _, changes = code_version().partition("+")
     found = {
-        "mlflow.note.content": description,
+        NOTE: description,
         "mlflow.source.name": "mcf.train",
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
         "mlflow.source.git.commit": commit,

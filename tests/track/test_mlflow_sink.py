@@ -43,6 +43,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(sink, "FIRST_PAUSE", 0.1)
     monkeypatch.setattr(sink, "LONGEST_PAUSE", 0.2)
     monkeypatch.setattr(sink, "GATHER", 0.02)
+    monkeypatch.setattr(sink, "PATIENCE", 60)  # these tests ask what arrives, on however busy a machine
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
@@ -239,7 +240,7 @@ def failing():
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason"), [(hanging, "timed out"), (refusing, "Connection refused"), (failing, "500")]
+    ("trouble", "reason"), [(hanging, "timed out"), (refusing, "Connection refused"), (failing, "500 error responses")]
 )
 def test_a_server_in_trouble_never_slows_training(tmp_path, quick, trouble, reason):
     with trouble() as uri, Path(os.devnull).open("w") as nowhere:
@@ -260,7 +261,7 @@ def test_a_server_in_trouble_never_slows_training(tmp_path, quick, trouble, reas
     assert max(times) < 0.5
     assert [record["step"] for record in read(tmp_path / "run/metrics.jsonl")] == list(range(1, 501))
     assert tracker._mlflow.dropped == 450
-    assert sum("is not reachable" in line for line in messages(tmp_path)) == 1
+    assert sum(" fails (" in line for line in messages(tmp_path)) == 1
     assert reason in messages(tmp_path)[0]
 
 
@@ -345,6 +346,6 @@ def test_a_real_server_killed_in_mid_run_has_everything_in_the_end(tmp_path, qui
     assert there.get_run(tracker.run_id).info.status == "FINISHED"
     assert [f.path for f in there.list_artifacts(tracker.run_id, "images")] == ["images/step-000001-reconstruction.png"]
     assert tracker._mlflow.dropped > 0
-    assert sum("is not reachable" in line for line in messages(tmp_path)) == 1
+    assert sum(" fails (" in line for line in messages(tmp_path)) == 1
     assert sum("is back and has" in line for line in messages(tmp_path)) == 1
     assert tracker.how_to_open.startswith(f"open {server.uri}/#/experiments/")
