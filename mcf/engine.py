@@ -49,8 +49,9 @@ class StepResult:
 class Engine:
     """Trains a module with AdamW under ZeRO stage 0, 1, 2 or 3.
 
-    The weights of rank 0 are copied to all ranks at construction, so build what copies them (the momentum branch)
-    afterwards. Every parameter of the module must be trainable; what is not trained stays outside.
+    The weights of rank 0 are copied to all ranks at construction. What copies the module (the momentum branch) is built
+    before it, from the same seed on all ranks, since stage 3 leaves each rank only its pieces. Every parameter must be
+    trainable; what is not trained stays outside.
 
     Args:
         model: the trained module, float32; it is moved to the rank's device.
@@ -79,7 +80,7 @@ class Engine:
         # synchronisation for the step counter on a GPU.
         optimizer = torch.optim.AdamW(
             parameter_groups(model.to(world.device), recipe.optimizer.weight_decay),
-            lr=recipe.optimizer.lr or recipe.optimizer.blr,
+            lr=0.0,  # told at every step
             betas=recipe.optimizer.betas,
             eps=recipe.optimizer.eps,
             fused=True,
@@ -126,7 +127,8 @@ class Engine:
         """Apply the step at learning rate `lr`, or nothing where the gradient or a rank's `finite` flag forbids it.
 
         A refused step changes neither parameters nor moments, buffers or counters, and the next one starts clean. A norm
-        beyond 1e19 overflows float32 and counts as not finite. One host synchronisation; collective.
+        beyond 1e19 overflows float32 and counts as not finite. One host synchronisation (stage 3 has more of its own);
+        collective.
 
         Args:
             lr: learning rate of all parameters.
@@ -179,10 +181,10 @@ class Engine:
         """
         state: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            for prefix, key in (("model", None), *zip(MOMENTS, MOMENTS)):
-                full = self._stage.read(parameter, key)
+            for moment in (None, *MOMENTS):
+                full = self._stage.read(parameter, moment)
                 if self.world.is_main:
-                    state[f"{prefix}.{name}"] = full.detach().to("cpu", copy=True)
+                    state[f"{moment or 'model'}.{name}"] = full.detach().to("cpu", copy=True)
         if self.world.is_main:
             for name, buffer in self._buffers().items():
                 state[f"model.{name}"] = buffer.detach().to("cpu", copy=True)

@@ -72,6 +72,9 @@ class Run:
             x = batch(number, group)
             if poison == (number, group):
                 x[0, 0] = float("nan")
+            # As the momentum branch reads them before every micro-batch: under stage 3 in the middle of a step.
+            with self.engine.full_parameters() as full:
+                assert full["token"].shape == (1, 1, 7) and full["token"].abs().sum() > 0
             self.engine.backward(loss_of(self.engine(x)))
         return self.engine.step(LR, finite=torch.tensor(finite))
 
