@@ -167,7 +167,7 @@ def write(folder: Path, *, config=SMALL, size=32, batch=6, world=1, seed=3, m=0.
         out["loss"] = 1000 * out["mim"] + out["con"]
         out["loss"].backward()
         out |= {"after.target_encoder." + n: t for n, t in replica.target_encoder.state_dict().items()}
-    for name, _ in model.trained().items():
+    for name in model.trained():
         gradients = [replica.get_parameter(name).grad for replica in models]
         outputs[0]["grad." + name] = torch.stack(gradients).mean(0)
     torch.set_num_threads(threads)

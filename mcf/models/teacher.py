@@ -111,6 +111,6 @@ def resize_positions(vit: VisionTransformer, image_size: int) -> None:
     old, new = vit.image_size // vit.patch_size, image_size // vit.patch_size
     first, table = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
     grid = table.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=new < old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
     vit.pos_embed = torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, new * new, -1).to(table.dtype)], dim=1)
     vit.image_size = image_size
