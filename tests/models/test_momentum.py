@@ -72,7 +72,7 @@ def test_without_a_mask_all_patches_are_seen(pair, images):
 
 def test_restore_takes_parameters_and_buffers_back(pair, images):
     student, branch = pair
-    with pytest.raises(RuntimeError, match="before any snapshot"):
+    with pytest.raises(RuntimeError, match="before anything was remembered"):
         branch.restore()
     for _ in range(2):
         branch(images)
