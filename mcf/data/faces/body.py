@@ -11,7 +11,7 @@ from mcf.data.faces import noise
 from mcf.data.faces.canvas import Canvas, ellipsoid
 from mcf.data.faces.chart import Floats
 from mcf.data.faces.features import Features, ramp
-from mcf.data.faces.hair import HANGING, THICKNESS, hanging_end
+from mcf.data.faces.hair import HANGING, hanging_end
 from mcf.data.faces.light import SKIN_WRAP, Light, linear, shade
 from mcf.data.faces.paint import Label, mix, skin_tone
 from mcf.data.faces.parameters import FaceParameters
@@ -26,13 +26,13 @@ def backdrop(canvas: Canvas, parameters: FaceParameters) -> None:
     side = min(canvas.side, 96)  # out of focus: a small picture is enough
     rng = np.random.default_rng(now.texture)
     t = (np.arange(side, dtype=np.float32) + 0.5) / side
-    x, y = np.meshgrid(t, t)
+    grid_x, grid_y = np.meshgrid(t, t)
+    x, y = grid_x.ravel(), grid_y.ravel()
     first, second, third = (linear(c) for c in now.backdrop_colours)
     slope = rng.uniform(-1, 1, 2)
-    share = ramp(slope[0] * (x - 0.5) + slope[1] * (y - 0.5), -0.6, 0.6).ravel()
+    share = ramp(slope[0] * (x - 0.5) + slope[1] * (y - 0.5), -0.6, 0.6)
     picture = np.tile(first, (side * side, 1))
     mix(picture, second, share)
-    x, y = x.ravel(), y.ravel()
     if now.backdrop == "blobs":
         for _ in range(9):
             cx, cy, r = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.04, 0.2)
@@ -49,10 +49,10 @@ def backdrop(canvas: Canvas, parameters: FaceParameters) -> None:
         leaves += noise.at(noise.table(9, 9), x * 150 + rng.uniform(0, 256), y * 150)
         mix(picture, third, ramp(leaves, -0.4, 1.2) * 0.8)
         mix(picture, np.clip(first * 2, 0, 1), ramp(leaves, 1.2, 2.2) * 0.7)
-    wide = (canvas.side, canvas.side)
+    full = (canvas.side, canvas.side)
     for channel in range(3):
         plane = Image.fromarray(np.ascontiguousarray(picture[:, channel].reshape(side, side), np.float32))
-        canvas.colour[:, channel] = np.asarray(plane.resize(wide, Image.Resampling.BILINEAR)).ravel()
+        canvas.colour[:, channel] = np.asarray(plane.resize(full, Image.Resampling.BILINEAR)).ravel()
 
 
 def hair_behind(canvas: Canvas, parameters: FaceParameters, turn: Floats, light: Light) -> None:
@@ -94,7 +94,9 @@ def body(canvas: Canvas, parameters: FaceParameters, f: Features, turn: Floats, 
     some = np.abs(side) < outline + 0.05
     at, x, y, down, side, outline = (values[some] for values in (at, x, y, down, side, outline))
     across = side / np.maximum(outline, 0.05)
-    cover = ramp(outline - np.abs(side), -canvas.pixel, canvas.pixel)
+    # Shoulders are nearly level: across them an edge is steeper in y than in x.
+    slope = np.sqrt(1 + (0.64 * np.maximum(0, down - 0.3) ** 0.6 + 2.1 * (down > 0.52)) ** 2)
+    cover = ramp((outline - np.abs(side)) / slope, -canvas.pixel, canvas.pixel)
     round_ = np.clip(side / (neck * 1.25), -1, 1) * np.exp(-(np.maximum(0, np.abs(side) - neck) * 1.5))
     normal = np.stack([round_ * 0.92, np.full_like(x, 0.05) + 0.35 * ramp(down, 0.5, 0.9), np.zeros_like(x)], axis=1)
     normal[:, 2] = np.sqrt(np.clip(1 - (normal**2).sum(axis=1), 0.02, 1))
@@ -123,7 +125,7 @@ def body(canvas: Canvas, parameters: FaceParameters, f: Features, turn: Floats, 
     bulge[:, 2] = np.sqrt(np.clip(1 - (bulge**2).sum(axis=1), 0.05, 1))
     colour = shade(fabric, bulge, (0.35 + 0.65 * lit).astype(np.float32), sky.astype(np.float32), 0.1, light, NO_WRAP)
     collar_cover = ramp(collar, -canvas.pixel, canvas.pixel)
-    wide = ramp(outline + 0.02 - np.abs(side), -canvas.pixel, canvas.pixel)
+    wide = ramp((outline + 0.02 - np.abs(side)) / slope, -canvas.pixel, canvas.pixel)
     canvas.put(at, colour, collar_cover * wide, int(Label.CLOTH), far)
     if now.necklace:
         chain = down - 0.6 - 0.24 * (1 - np.clip(side / 0.48, -1, 1) ** 2)
@@ -148,7 +150,11 @@ def ears(canvas: Canvas, parameters: FaceParameters, turn: Floats, light: Light)
             continue
         at, depth, cover, normal, own = visible
         # The lobe is narrower than the upper rim.
-        cover = cover * ramp(np.abs(own[:, 2]), 1.02, 0.98) * ramp(np.abs(own[:, 2]), 0.75 + 0.3 * own[:, 1] + 0.35, 0.7 + 0.3 * own[:, 1] + 0.3)
+        cover = (
+            cover
+            * ramp(np.abs(own[:, 2]), 1.02, 0.98)
+            * ramp(np.abs(own[:, 2]), 0.75 + 0.3 * own[:, 1] + 0.35, 0.7 + 0.3 * own[:, 1] + 0.3)
+        )
         ring = np.sqrt(own[:, 1] ** 2 + own[:, 2] ** 2)
         groove = np.exp(-(((ring - 0.7) / 0.1) ** 2)) * ramp(own[:, 1], -0.6, -0.1)
         shell = np.exp(-((own[:, 1] + 0.1) ** 2 / 0.13) - ((own[:, 2] - 0.2) ** 2 / 0.16))
@@ -158,7 +164,9 @@ def ears(canvas: Canvas, parameters: FaceParameters, turn: Floats, light: Light)
         colour = shade(albedo, normal, lit, np.full(len(at), 0.75, np.float32), 0.35, light, SKIN_WRAP)
         canvas.put(at, colour, cover, int(which), depth)
         if now.earrings:
-            _earring(canvas, parameters, turn, light, centre + np.array([side * 0.03, -0.27 * who.ear, 0.05], np.float32))
+            _earring(
+                canvas, parameters, turn, light, centre + np.array([side * 0.03, -0.27 * who.ear, 0.05], np.float32)
+            )
 
 
 def _earring(canvas: Canvas, parameters: FaceParameters, turn: Floats, light: Light, centre: Floats) -> None:
@@ -219,11 +227,15 @@ def glasses(canvas: Canvas, parameters: FaceParameters, f: Features, turn: Float
     bridge = np.abs(gy - 0.045 + 0.9 * gx * gx) - thick
     rim = np.maximum(rim, ramp(bridge, canvas.pixel / 2, -canvas.pixel / 2) * (np.abs(gx) < gap + 0.005))
     lens = ramp(distance, canvas.pixel / 2, -canvas.pixel / 2)
-    tint = linear(now.hat_colour) * 0.12 if parameters.identity.texture % 2 else np.array([0.01, 0.01, 0.011], np.float32)
+    tint = (
+        linear(now.hat_colour) * 0.12 if parameters.identity.texture % 2 else np.array([0.01, 0.01, 0.011], np.float32)
+    )
     sweep = 0.5 + 0.5 * np.tanh((gx * 1.5 + gy * 2.2 + 0.1 * now.light[0] / 40) * 6)
     before = canvas.label[at].copy()
     if kind == "sun":
-        glass = np.array([0.012, 0.011, 0.012], np.float32) + 0.10 * np.outer((gy / ry * 0.5 + 0.5).clip(0, 1) ** 2, light.ambient)
+        glass = np.array([0.012, 0.011, 0.012], np.float32) + 0.10 * np.outer(
+            (gy / ry * 0.5 + 0.5).clip(0, 1) ** 2, light.ambient
+        )
         glass = glass + 0.03 * sweep[:, None] * light.colour
         canvas.put(at, glass.astype(np.float32), 0.94 * lens, int(Label.GLASSES), depth)
     else:

@@ -8,12 +8,13 @@ where |p| < radius(direction of p). Rays are parallel (a far camera), and are fo
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 EXTENT = 0.93  # |chart coordinate| = sin(angle from z / 2)
 CELLS = 175  # 3k + 1, so that every third cell spans the chart as well

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mcf.data.faces.chart import Floats
 from mcf.data.faces.parameters import FaceParameters
-
-Floats = NDArray[np.float32]
 
 CHIN = -1.13  # of the average head
 JAW_POINTS = 17
 
 
-def ramp(x: Floats | float, low: float, high: float) -> Floats:
+def ramp(x: Floats | float, low: Floats | float, high: Floats | float) -> Floats:
     """Smooth step from 0 at `low` to 1 at `high`."""
     t = np.clip((x - low) / (high - low), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
@@ -101,7 +100,7 @@ class Features:
         """Middle line (y) and half thickness of a brow."""
         b = np.clip(a, -1, 1)
         arch = self.brow_arch * (1 - ((b - 0.25) / 1.25) ** 2)
-        return self.brow_y + arch - 0.035, self.brow_thick * (0.62 + 0.38 * np.cos(1.9 * (b + 0.45)))
+        return self.brow_y + arch - 0.035, 0.004 + self.brow_thick * (0.62 + 0.38 * np.cos(1.9 * (b + 0.45)))
 
     def lips(self, a: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """y of the upper lip's outer and inner and the lower lip's inner and outer edge."""
@@ -125,7 +124,7 @@ class Features:
     def frontal_landmarks(self) -> NDArray[np.float64]:
         """x and y of landmarks 17–67 (all but the jaw), [51, 2], seen from the front."""
         points: list[tuple[float, float]] = []
-        brow_a = np.linspace(-0.94, 0.94, 5)
+        brow_a = np.linspace(-0.92, 0.92, 5)
         centre, half = (self.brow_inner + self.brow_outer) / 2, (self.brow_outer - self.brow_inner) / 2
         line = self.brow(brow_a)[0]
         points += [(-(centre + half * a), y) for a, y in zip(brow_a[::-1], line[::-1], strict=True)]

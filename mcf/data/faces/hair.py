@@ -68,8 +68,7 @@ def cover(parameters: FaceParameters, head: Head) -> Cover:
             # A parting: the line falls away from it on both sides.
             line -= 0.16 * ramp(np.abs(azimuth - 38 * who.part), 6, 60) * ramp(angle, 75, 35)
         hair = y - line - 0.012 * uneven
-        thick = THICKNESS[style] * who.hair_volume
-        thick *= 0.62 + 0.5 * ramp(y, 0.0, 1.0)
+        thick = THICKNESS[style] * who.hair_volume * (0.62 + 0.5 * ramp(y, 0.0, 1.0))
         lumps = 0.16 if style in ("curly", "afro") else 0.09
         relief = thick * ramp(hair, -0.01, 0.24 if style == "afro" else 0.16) * (1 + lumps * uneven)
         radius = radius + relief.astype(np.float32)
@@ -82,7 +81,10 @@ def cover(parameters: FaceParameters, head: Head) -> Cover:
         drape = np.minimum(rho / flat, -hanging_end(who) / down)
         share = ramp(angle, edge - 4, edge + 12) * ramp(n[..., 1], 0.35, 0.0) * ramp(np.abs(n[..., 0]), 0.25, 0.5)
         radius = np.maximum(radius, radius + (drape - radius) * share)
-        hair = np.maximum(hair, np.where((n[..., 1] < 0.3) & (share > 0), (angle - edge) * 0.013, NOWHERE))
+        # Away from where it hangs the distance must fall quickly, or single strands would lie across the face.
+        beside = np.minimum((angle - edge) * 0.013 + 0.05, (np.abs(n[..., 0]) - 0.27) * 0.5)
+        locks = np.minimum((share - 0.08) * 0.5, beside)
+        hair = np.maximum(hair, np.where(n[..., 1] < 0.3, locks, NOWHERE))
     hat = np.full_like(radius, NOWHERE)
     if now.hat != "none":
         tall = {"beanie": 0.09, "cap": 0.06, "brim": 0.1}[now.hat]

@@ -45,7 +45,7 @@ def of(scene: Scene) -> Light:
     )
 
 
-def linear(srgb: Sequence[float]) -> Floats:
+def linear(srgb: Sequence[float] | Floats) -> Floats:
     """Linear light of an sRGB colour (0–1)."""
     return np.asarray(srgb, np.float32) ** np.float32(GAMMA)
 
@@ -70,5 +70,7 @@ def shade(
     s32 = s8 * s8 * s8 * s8
     highlight = (0.07 * s8 + 0.14 * s32) * lit * gloss * np.clip(facing * 4, 0, 1)
     rim = (1 - np.clip(normal @ light.view, 0, 1)) ** 4 * 0.12
-    return (albedo * (light.colour * (diffuse * arrives) + sky + rim[:, None] * light.ambient)
-            + highlight[:, None] * light.colour).astype(np.float32)
+    return (
+        albedo * (light.colour * (diffuse * arrives) + sky + rim[:, None] * light.ambient)
+        + highlight[:, None] * light.colour
+    ).astype(np.float32)

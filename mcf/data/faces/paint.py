@@ -113,7 +113,7 @@ def _skin(who: Identity, f: Features, p: Points) -> tuple[Floats, Floats]:
         albedo *= 1 - (spots * where * min(1.0, 0.7 * who.freckles))[:, None] * np.array([0.3, 0.5, 0.6], np.float32)
     if who.age > 0.35:
         strength = (who.age - 0.35) * 0.32
-        lines = np.exp(-(((y - 0.42 - 0.03 * np.cos(5 * x)) % 0.105 - 0.05) / 0.009) ** 2) * ramp(x, 0.45, 0.2)
+        lines = np.exp(-((((y - 0.42 - 0.03 * np.cos(5 * x)) % 0.105 - 0.05) / 0.009) ** 2)) * ramp(x, 0.45, 0.2)
         lines *= ramp(y, 0.3, 0.36) * ramp(y, 0.68, 0.6)
         feet = np.abs(np.sin((y - 0.01) * 70 + (x - 0.5) * 20)) ** 12
         lines += feet * np.exp(-(((x - f.eye_x - f.eye_half - 0.07) / 0.05) ** 2) - (y / 0.06) ** 2) * 0.8
@@ -187,9 +187,7 @@ def _brow(
     label[np.flatnonzero(near)[(inside > 0) & (np.abs(a) <= 1)]] = which
 
 
-def _lips(
-    who: Identity, f: Features, p: Points, albedo: Floats, gloss: Floats, label: NDArray[np.uint8]
-) -> None:
+def _lips(who: Identity, f: Features, p: Points, albedo: Floats, gloss: Floats, label: NDArray[np.uint8]) -> None:
     near = (np.abs(p.x) < f.mouth_half * 1.2) & (np.abs(p.y - f.mouth_y) < 0.42) & (p.z > 0.2)
     x, y = p.x[near], p.y[near]
     a = x / f.mouth_half
@@ -218,7 +216,10 @@ def _lips(
         edge = upper_in + 0.012 - (0.062 - 0.022 * a * a)
         tooth = np.abs(((np.abs(x) / (0.042 - 0.013 * np.abs(a))) % 1) - 0.5)
         teeth = ramp(y - edge - 0.012 * ramp(tooth, 0.35, 0.5), 0, 0.008) * ramp(np.abs(a), 0.86, 0.7)
-        ivory = np.array([0.72, 0.68, 0.59], np.float32) * (0.95 - 0.55 * np.abs(a) - 0.25 * ramp(tooth, 0.42, 0.5))[:, None]
+        ivory = (
+            np.array([0.72, 0.68, 0.59], np.float32)
+            * (0.95 - 0.55 * np.abs(a) - 0.25 * ramp(tooth, 0.42, 0.5))[:, None]
+        )
         mix(inside, ivory.astype(np.float32), teeth)
         inside *= (0.45 + 0.55 * ramp(upper_in - y, -0.005, 0.03))[:, None]
         mix(part, inside, hole)

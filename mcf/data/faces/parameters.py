@@ -20,7 +20,15 @@ BACKDROPS = ("gradient", "blobs", "panels", "foliage")
 # sRGB anchors; hair from black to white, irises from dark brown to grey.
 HAIR_COLOURS = ((22, 18, 17), (38, 27, 22), (66, 43, 29), (104, 70, 44), (148, 108, 66), (186, 148, 98), (134, 58, 30))
 GREY_HAIR = (172, 170, 168)
-IRIS_COLOURS = ((48, 28, 18), (74, 45, 24), (112, 80, 42), (98, 110, 62), (84, 118, 138), (110, 134, 150), (70, 92, 128))
+IRIS_COLOURS = (
+    (48, 28, 18),
+    (74, 45, 24),
+    (112, 80, 42),
+    (98, 110, 62),
+    (84, 118, 138),
+    (110, 134, 150),
+    (70, 92, 128),
+)
 
 Colour = tuple[float, float, float]
 

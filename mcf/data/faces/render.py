@@ -36,8 +36,8 @@ def draw(parameters: FaceParameters, size: int = 256) -> Face:
     body.backdrop(canvas, parameters)
     body.hair_behind(canvas, parameters, turn, lamp)
     body.body(canvas, parameters, skull.features, turn, lamp)
-    _head(canvas, parameters, skull, turn, lamp)
     body.ears(canvas, parameters, turn, lamp)
+    _head(canvas, parameters, skull, turn, lamp)
     body.glasses(canvas, parameters, skull.features, turn, lamp)
     body.brim(canvas, parameters, turn, lamp)
 
@@ -59,9 +59,7 @@ def _pixels(parameters: FaceParameters, skull: head.Head, size: int) -> NDArray[
     return np.stack([x, y], axis=1)
 
 
-def _head(
-    canvas: Canvas, parameters: FaceParameters, skull: head.Head, turn: chart.Floats, lamp: light.Light
-) -> None:
+def _head(canvas: Canvas, parameters: FaceParameters, skull: head.Head, turn: chart.Floats, lamp: light.Light) -> None:
     """Cast the covered head into the canvas, and paint skin, hair and hat where each is seen."""
     who, now = parameters.identity, parameters.scene
     worn = hair.cover(parameters, skull)
@@ -106,9 +104,7 @@ def _head(
         else:
             tone *= (1 - 0.55 * (values[hatted, 6] < 0.12))[:, None]
         tone *= (1 + 0.06 * noise.at(noise.table(0.7, 0.7), x[hatted] * 160, y[hatted] * 160))[:, None]
-        shaded = light.shade(
-            tone, normal[hatted], values[hatted, 3], values[hatted, 4], 0.1, near, body.NO_WRAP
-        )
+        shaded = light.shade(tone, normal[hatted], values[hatted, 3], values[hatted, 4], 0.1, near, body.NO_WRAP)
         part = colour[hatted]
         mix(part, shaded, ramp(values[hatted, 6], -canvas.pixel, canvas.pixel))
         colour[hatted] = part
@@ -130,5 +126,7 @@ def _develop(canvas: Canvas, parameters: FaceParameters, size: int) -> NDArray[n
     if now.blur > 0:
         pixels = ndimage.gaussian_filter(pixels, (now.blur * size, now.blur * size, 0))
     rng = np.random.default_rng([now.texture, 7])
-    grain = rng.standard_normal((size, size, 1), np.float32) * 0.8 + rng.standard_normal((size, size, 3), np.float32) * 0.4
+    grain = (
+        rng.standard_normal((size, size, 1), np.float32) * 0.8 + rng.standard_normal((size, size, 3), np.float32) * 0.4
+    )
     return np.clip(pixels + grain * (now.noise * 255) + 0.5, 0, 255).astype(np.uint8)

@@ -1,9 +1,9 @@
 """Writes a folder of generated faces, on all cores; what is there already is not drawn again.
 
-    OUT/images/000000.jpg    baseline JPEG
-    OUT/masks/000000.png     palette PNG, 19 classes
-    OUT/landmarks.csv        file, person, x0, y0 … x67, y67 in pixels; written last
-    OUT/faces.json           the settings: another run with others is refused
+OUT/images/000000.jpg    baseline JPEG
+OUT/masks/000000.png     palette PNG, 19 classes
+OUT/landmarks.csv        file, person, x0, y0 … x67, y67 in pixels; written last
+OUT/faces.json           the settings: another run with others is refused
 """
 
 from __future__ import annotations
