@@ -1,0 +1,265 @@
+"""`python -m mcf.bench part=step recipe=vit_b_20m`: images/s of the whole training step, and against the plain way.
+
+    images uint8 ──► masks ──► momentum branch ──► student ──► teacher twice ──► losses ──► backward ──► AdamW ──► EMA
+
+The step is the one that `mcf.train` runs, on one rank, through DeepSpeed, and without accumulation. Images are noise and
+the teacher of the recipe's shape is random: numbers do not change the time of a step. With `compare=reference` both
+programs start from the same weights, see the same images and masks, and take turns step by step, so that a machine that
+slows down slows both. The losses of their first step must be equal, or the times mean nothing and the status is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mcf import cli, distributed, kernels
+from mcf.bench.plain import PlainMCF
+from mcf.config import NonNegative, Positive, Recipe, Section
+from mcf.data.loader import Batch
+from mcf.distributed import World
+from mcf.errors import UserError
+from mcf.models.patches import normalise
+from mcf.plan import make_plan
+from mcf.step import Step
+from mcf.weights import load_teacher
+from mcf.weights.reference import to_reference
+
+# Largest relative difference of the first losses. In float32 the two programs sum in other orders: 1e-7 was seen for
+# ViT-B, and a wrong mask, weight or normalisation moves a loss by more than 1e-2. In bf16 every matrix product rounds
+# to 2⁻⁹ relative, at other places in the two programs: that averages out over the many features, but the heads'
+# BatchNorm divides the few queries by their spread over images, which is small at the start, so rounding is multiplied.
+TOLERANCE = {
+    "fp32": {"feature": 2e-5, "contrast": 2e-5, "total": 2e-5},
+    "bf16": {"feature": 5e-3, "contrast": 3e-2, "total": 5e-3},
+}
+DEFAULT_RECIPE = "vit_b_20m"
+LOSSES = ("feature", "contrast")
+
+
+class StepConfig(Section):
+    """Keys of this benchmark; every key of the recipe (default vit_b_20m) can be given beside them."""
+
+    part: Literal["step"] = Field("step", description="which benchmark")
+    batch: Positive = Field(8, description="images a step; no accumulation")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the matrix work")
+    steps: Positive = Field(5, description="timed steps")
+    warmup: NonNegative = Field(1, description="steps before the clock starts")
+    threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
+    compare: Literal["none", "reference"] = Field("none", description="take turns with the reference's plain step")
+    json_file: str | None = Field(None, description="file for the numbers; they are printed in any case")
+
+
+@dataclass
+class Contestant:
+    """A program of the step: `step(index)` takes one, and gives its unweighted losses and `total`."""
+
+    name: str
+    step: Callable[[int], dict[str, float]]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    losses: list[dict[str, float]] = field(default_factory=list)
+
+    def run(self, index: int, device: torch.device, *, timed: bool) -> None:
+        """One step, on the clock or not."""
+        start, cpu = _now(device), time.process_time()
+        losses = self.step(index)
+        seconds, cpu_seconds = _now(device) - start, time.process_time() - cpu
+        self.losses.append(losses)
+        if timed:
+            self.seconds.append(seconds)
+            self.cpu_seconds.append(cpu_seconds)
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """The benchmark. Returns 0, or 1 if the two programs' losses differ."""
+    if not any(word.startswith("recipe=") for word in argv):
+        argv = [f"recipe={DEFAULT_RECIPE}", *argv]
+    recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
+    recipe = _with(recipe, config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    world = distributed.join()
+    contestants = prepare(recipe, world, compare=config.compare == "reference")
+    for index in range(config.warmup + config.steps):
+        # Each goes first in turn: what the first leaves in the caches helps or harms the other.
+        for contestant in contestants[:: 1 if index % 2 else -1]:
+            contestant.run(index, world.device, timed=index >= config.warmup)
+    result = report(contestants, recipe, config, world.device)
+    print(table(result))
+    print(json.dumps(result))
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(result, indent=1) + "\n")
+    if difference := unequal(contestants, recipe.train.precision):
+        print(f"error: {difference}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare(recipe: Recipe, world: World, *, compare: bool) -> list[Contestant]:
+    """Build the contestants (ours, then the reference's if it is to be compared) from the same weights and images."""
+    size = recipe.model.image_size
+    generator = torch.Generator().manual_seed(recipe.seed)
+    images = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, generator=generator)
+
+    def batch(index: int) -> Batch:
+        positions = index * recipe.batch + torch.arange(recipe.batch, device=world.device)
+        return Batch(images.to(world.device), positions, [str(int(p)) for p in positions])
+
+    teacher = load_teacher(recipe.teacher, image_size=size, attention=recipe.attention, seed=recipe.seed)
+    frozen = {} if teacher is None else {name: tensor.clone() for name, tensor in teacher.vit.state_dict().items()}
+    ours = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), teacher, world)
+    contestants = [Contestant("mcf", lambda index: _ours(ours, index, batch(index)))]
+    if compare:
+        with ours.engine.full_parameters() as parameters:
+            student = dict(ours.engine.module.state_dict()) | {n: t.detach() for n, t in parameters.items()}
+            weights = to_reference(student, ours.momentum.state_dict(), frozen)
+            contestants.append(_reference(recipe, world, weights, batch))
+    return contestants
+
+
+def _ours(step: Step, index: int, batch: Batch) -> dict[str, float]:
+    outcome = step(index, iter([batch]))
+    return {name: float(outcome.terms[0][name]) for name in (*LOSSES, "total") if name in outcome.terms[0]}
+
+
+def _reference(recipe: Recipe, world: World, weights: dict[str, Tensor], batch: Callable[[int], Batch]) -> Contestant:
+    teacher, patches = recipe.teacher, recipe.model.patches
+    grid = recipe.model.image_size // teacher.patch_size
+    model = PlainMCF(recipe, (grid**2, teacher.patch_size, teacher.width, teacher.depth, teacher.heads))
+    model.load_released(weights)
+    model = model.to(world.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.optimizer.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=1e-6, betas=recipe.optimizer.betas)
+    # Its data loader's workers normalise, so that is not in its step; ours does it inside.
+    pixels = normalise(batch(0).images).contiguous()
+
+    def step(index: int) -> dict[str, float]:
+        positions = batch(index).positions
+        # Noise of the same order gives the same masks.
+        noise, noise_target = (
+            kernels.mask(recipe.seed, positions, view, patches, model.keep)[1].float()
+            for view in (kernels.ENCODER, kernels.MOMENTUM)
+        )
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            losses = model(pixels, noise, noise_target)
+        losses["total"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return {name: float(losses[name].detach()) for name in (*LOSSES, "total")}
+
+    return Contestant("reference", step)
+
+
+def unequal(contestants: list[Contestant], precision: str) -> str:
+    """How the losses of the first step differ beyond TOLERANCE; empty if they do not, or there is nothing to compare."""
+    if len(contestants) < 2:
+        return ""
+    ours, theirs = (c.losses[0] for c in contestants)
+    for name, value in ours.items():
+        if not abs(value - theirs[name]) <= TOLERANCE[precision][name] * abs(theirs[name]):
+            return (
+                f"{name} is {value:.7g}, the reference's {theirs[name]:.7g}: not the same step, its times mean nothing"
+            )
+    return ""
+
+
+def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, device: torch.device) -> dict[str, Any]:
+    """Numbers of the run: images/s from the median step of each, the ratio, machine and versions."""
+    rows = {}
+    for contestant in contestants:
+        median = statistics.median(contestant.seconds)
+        rows[contestant.name] = {
+            "images_per_second": config.batch / median,
+            "best": config.batch / min(contestant.seconds),
+            "seconds": [round(s, 4) for s in contestant.seconds],
+            "cpu_seconds": statistics.median(contestant.cpu_seconds),
+            "first_losses": contestant.losses[0],
+        }
+    ratio = None
+    if len(contestants) == 2:
+        # Of neighbours in time, which a machine shared with others slows alike.
+        ratio = statistics.median(b / a for a, b in zip(contestants[0].seconds, contestants[1].seconds))
+    return {
+        "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": config.precision,
+        "device": _machine(device), "threads": torch.get_num_threads(), "steps": config.steps,
+        "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [
+        f"{result['recipe']}, batch {result['batch']}, {result['precision']}, {result['device']}, "
+        f"{result['threads']} threads, torch {result['torch']}, Python {result['python']}",
+        f"{'':12}{'images/s':>10}{'best':>8}{'s/step':>9}{'CPU s/step':>12}{'first loss':>12}",
+    ]
+    for name, row in result["rows"].items():
+        seconds = result["batch"] / row["images_per_second"]
+        lines.append(
+            f"{name:12}{row['images_per_second']:10.2f}{row['best']:8.2f}{seconds:9.3f}{row['cpu_seconds']:12.3f}"
+            f"{row['first_losses']['total']:12.5f}"
+        )
+    if result["ratio"] is not None:
+        lines.append(f"mcf is {result['ratio']:.2f} times as fast (median over pairs of neighbouring steps)")
+    return "\n".join(lines)
+
+
+def _with(recipe: Recipe, config: StepConfig) -> Recipe:
+    """The recipe at this batch and precision, with a random teacher; the reference has no other choices than its own."""
+    faithful = {
+        "loss.pixel": (recipe.loss.pixel, 0), "loss.feature_axis": (recipe.loss.feature_axis, "tokens"),
+        "mask.momentum": (recipe.mask.momentum, "independent"), "teacher.source": (recipe.teacher.source == "none", False),
+    }  # fmt: skip
+    if config.compare == "reference":
+        for key, (value, only) in faithful.items():
+            if value != only:
+                raise UserError(
+                    f"compare=reference: recipe {recipe.name} departs from the reference in {key}; use compare=none"
+                )
+    teacher = recipe.teacher
+    if teacher.source != "none":
+        teacher = teacher.model_copy(update={"source": "random"})
+    return recipe.model_copy(
+        update={
+            "batch": config.batch, "micro_batch": config.batch, "nodes": 1, "gpus_per_node": 1, "teacher": teacher,
+            "data": recipe.data.model_copy(update={"streams": config.batch}),
+            "train": recipe.train.model_copy(update={"precision": config.precision}),
+        }
+    )  # fmt: skip
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _machine(device: torch.device) -> str:
+    """The GPU, or the processor's model and cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({len(names) or '?'} cores)"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

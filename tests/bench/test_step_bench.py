@@ -1,0 +1,108 @@
+"""The benchmark of the step: both programs are the same step, it says so when they are not, and its numbers add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mcf.bench import step
+from mcf.bench.plain import PlainMCF
+from mcf.config import Recipe
+
+SMALL = [
+    "model.image_size=64", "model.width=48", "model.depth=2", "model.heads=3", "model.decoder.width=32",
+    "model.decoder.depth=1", "model.decoder.heads=2", "model.projection.hidden=32", "model.projection.dim=16",
+    "teacher.width=48", "teacher.depth=3", "teacher.heads=3", "teacher.taps=[0,2]",
+]  # fmt: skip
+
+
+def test_the_plain_step_is_the_reference(golden_dir):
+    """The benchmark's opponent computes the golden numbers, so beating it is beating the reference."""
+    numbers = load_file(golden_dir / "rank0.safetensors")
+    shapes = {"width": 48, "depth": 2, "heads": 2, "decoder": {"width": 32, "depth": 2, "heads": 2}}
+    recipe = Recipe.model_validate({"model": {**shapes, "projection": {"hidden": 96, "dim": 32}}})
+    model = PlainMCF(recipe, (196, 16, 32, 12, 2))
+    model.load_released({k.removeprefix("before."): v for k, v in numbers.items() if k.startswith("before.")})
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (numbers["u8"] / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    losses = model(pixels, numbers["noise_online"], numbers["noise_target"])
+    losses["total"].backward()
+    # The machine that made the numbers may sum in another order; everything else would be a mistake.
+    for name, golden in (
+        ("feature", "mim"),
+        ("contrast", "con"),
+        ("total", "loss"),
+        ("pred", "pred"),
+        ("q", "q"),
+        ("k", "k"),
+    ):
+        error = (losses[name].detach() - numbers[golden]).abs().max() / numbers[golden].abs().max()
+        assert error < 1e-5, name
+    named = dict(model.named_parameters())
+    for name, gradient in numbers.items():
+        if name.startswith("grad."):
+            error = (named[name.removeprefix("grad.")].grad - gradient).abs().max()
+            assert error <= 1e-5 * gradient.abs().max() + 1e-7, name
+
+
+def _bench(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mcf.bench", "part=step", *SMALL, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_both_programs_take_the_same_steps(tmp_path, precision):
+    file = tmp_path / "step.json"
+    done = _bench("batch=4", "steps=3", "warmup=0", f"precision={precision}", "compare=reference", f"json_file={file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(file.read_text())
+    ours, theirs = result["rows"]["mcf"], result["rows"]["reference"]
+    for name in ("feature", "contrast", "total"):
+        assert ours["first_losses"][name] == pytest.approx(
+            theirs["first_losses"][name], rel=step.TOLERANCE[precision][name]
+        )
+    assert 1000 * ours["first_losses"]["feature"] + ours["first_losses"]["contrast"] == pytest.approx(
+        ours["first_losses"]["total"], rel=1e-5
+    )
+    for row in (ours, theirs):
+        assert len(row["seconds"]) == 3
+        assert row["images_per_second"] == pytest.approx(4 / sorted(row["seconds"])[1], rel=1e-2)
+        assert row["best"] >= row["images_per_second"]
+    assert result["batch"] == 4 and result["precision"] == precision and result["torch"] == torch.__version__
+    assert "times as fast" in done.stdout and json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+
+
+def test_a_departure_from_the_reference_is_not_raced_against_it():
+    done = _bench("loss.feature_axis=channels", "compare=reference")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "loss.feature_axis" in done.stderr.strip().splitlines()[-1]
+
+
+def test_unequal_losses_are_told():
+    same = {"feature": 0.03, "contrast": 0.8, "total": 30.8}
+    ours = step.Contestant("mcf", lambda _: {}, losses=[same])
+    for name in same:
+        for wrong in (same[name] * 1.001, float("nan")):
+            other = step.Contestant("reference", lambda _: {}, losses=[{**same, name: wrong}])
+            assert step.unequal([ours, other], "fp32").startswith(f"{name} is")
+            assert step.unequal([other, ours], "fp32").startswith(f"{name} is")
+    assert step.unequal([ours, ours], "fp32") == "" == step.unequal([ours], "fp32")
+
+
+def test_each_goes_first_in_turn(monkeypatch, capsys):
+    order: list[str] = []
+    racers = [
+        step.Contestant(name, lambda i, name=name: order.append(f"{name}{i}") or {"total": 1.0}) for name in ("a", "b")
+    ]
+    monkeypatch.setattr(step, "prepare", lambda *_args, **_keys: racers)
+    monkeypatch.setattr(step.distributed, "join", lambda: type("World", (), {"device": torch.device("cpu")}))
+    assert step.main(["steps=2", "warmup=1"]) == 0
+    assert order == ["b0", "a0", "a1", "b1", "b2", "a2"]
+    assert [len(r.seconds) for r in racers] == [2, 2], "the first is not on the clock"
