@@ -12,7 +12,6 @@ which MLflow run belongs to which server, so that one training run is one MLflow
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -58,7 +57,7 @@ EXPERIMENT_TAGS = {
 NOT_METRICS = {"step", "samples", "time"}
 # Keys that may differ between two launches of one training run: how it is run, not what is computed.
 OF_THE_LAUNCH = re.compile(
-    r"(track|slurm|checkpoint)\.|(nodes|gpus_per_node|output|micro_batch|train\.(stop_after|threads))$"
+    r"(track|slurm|checkpoint)\.|(nodes|gpus_per_node|output|train\.(stop_after|threads|log_every)|data\.(threads|prefetch))$"
 )
 
 
@@ -96,7 +95,8 @@ class MLflowSink:
             os.environ.setdefault(name, value)
         self.uri = tracking_uri(recipe, run_dir)
         self.run_id = run_id
-        self.dropped = 0
+        self.dropped = 0  # items that fell out of the queue
+        self.refused = 0  # items that the server would never take
         self._recipe = recipe
         self._run_dir = Path(run_dir)
         self._description = description
@@ -143,7 +143,9 @@ class MLflowSink:
     def _put(self, item: dict[str, Any] | Artifact) -> None:
         with self._lock:
             if len(self._queue) >= self._recipe.track.queue:
-                self._queue.popleft()
+                # The oldest record goes: the file has it. Pictures are few, and stay as long as there are records.
+                oldest = next((i for i, queued in enumerate(self._queue) if isinstance(queued, dict)), 0)
+                del self._queue[oldest]
                 self.dropped += 1
                 self._gap = True
             self._queue.append(item)
@@ -163,9 +165,8 @@ class MLflowSink:
         except _GivenUp:
             self._tell(f"MLflow at {self.uri} has no steps after {max(0, self._sent)}; {jsonl.METRICS} has all of them")
         except ModuleNotFoundError as error:
-            self._tell(
-                f"{missing_package((error.name or 'mlflow').partition('.')[0], 'track.mlflow')}; {jsonl.METRICS} has everything"
-            )
+            missing = missing_package((error.name or "mlflow").partition(".")[0], "track.mlflow")
+            self._tell(f"{missing}; {jsonl.METRICS} has everything")
         except Exception as error:  # a thread that died in silence would look like a run without numbers
             self._tell(f"MLflow tracking ended ({_reason(error)}); {jsonl.METRICS} has everything")
 
@@ -185,7 +186,7 @@ class MLflowSink:
             pause = min(2 * pause, LONGEST_PAUSE)
         if self._away and action != self._connect:
             self._away = False
-            late = f"; {self.dropped} fell out of the queue on the way" if self.dropped else ""
+            late = f" ({self.dropped} of them from {jsonl.METRICS})" if self.dropped else ""
             self._tell(f"MLflow at {self.uri} is back and has all records up to step {max(0, self._sent)}{late}")
 
     def _connect(self) -> None:
@@ -227,10 +228,17 @@ class MLflowSink:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run was quicker
                     raise
-        experiment = client.get_experiment_by_name(name)
+        experiment_id = client.get_experiment_by_name(name).experiment_id
+        start_time = int(self._opened * 1000)
+        if self._away:  # a slow server may have made the run although the answer came too late
+            made = client.search_runs(
+                [experiment_id], f"attributes.start_time = {start_time} AND attributes.run_name = '{self._recipe.name}'"
+            )
+            if made:
+                return made[0]
         return client.create_run(
-            experiment.experiment_id,
-            start_time=int(self._opened * 1000),
+            experiment_id,
+            start_time=start_time,
             run_name=self._recipe.name,
             tags=tags(self._run_dir, self._description),
         )
@@ -252,7 +260,8 @@ class MLflowSink:
             client.log_batch(run_id, tags=chunk)
         if changed or not there:
             step = run.data.tags.get(STEP_TAG)
-            client.log_text(run_id, self._recipe_yaml(), f"recipe-after-step-{step}.yaml" if step else "recipe.yaml")
+            name = f"recipe-after-step-{step}.yaml" if step else "recipe.yaml"
+            self._upload(client, lambda: client.log_text(run_id, self._recipe_yaml(), name), name)
 
     def _changed(self, run: Any) -> dict[str, str]:
         """Recipe keys whose value is not the one that the MLflow run has, with the value they have now."""
@@ -296,6 +305,7 @@ class MLflowSink:
 
     def _send_records(self, records: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Metric, RunTag
+        from mlflow.exceptions import MlflowException
 
         batch: list[Any] = []
         for number, record in enumerate(records, 1):
@@ -304,28 +314,35 @@ class MLflowSink:
             ]
             full = number < len(records) and len(batch) + len(records[number]) > METRICS_A_BATCH
             if full or number == len(records):
-                with self._told_if_refused(f"metrics of step {record['step']}"):
+                try:
                     tag = RunTag(STEP_TAG, str(record["step"]))
                     self._client.log_batch(self.run_id, metrics=batch, tags=[tag])
+                except MlflowException as error:
+                    # What a server finds wrong it will always find wrong; anything else is tried again.
+                    if error.get_http_status_code() != 400:
+                        raise
+                    self._refuse(f"metrics of step {record['step']}", error)
                 self._sent = record["step"]
                 batch = []
 
     def _send_artifact(self, item: Artifact) -> None:
         if item.path.exists():
-            with self._told_if_refused(item.path.name):
-                self._client.log_artifact(self.run_id, str(item.path), item.folder)
+            client = self._client
+            self._upload(client, lambda: client.log_artifact(self.run_id, str(item.path), item.folder), item.path.name)
 
-    @contextlib.contextmanager
-    def _told_if_refused(self, what: str) -> Iterator[None]:
-        """What a server finds wrong (400) it will always find wrong: say so and go on with the next."""
-        from mlflow.exceptions import MlflowException
-
+    def _upload(self, client: Any, upload: Callable[[], None], what: str) -> None:
+        """Upload a file. Numbers never wait for files: what fails while the server answers is given up."""
         try:
-            yield
-        except MlflowException as error:
-            if error.get_http_status_code() != 400:
-                raise
-            self._tell(f"MLflow at {self.uri} refused {what} ({_reason(error)})")
+            upload()
+        except Exception as error:
+            client.get_run(self.run_id)  # raises where the server itself is away: then both are tried again
+            self._refuse(what, error)
+
+    def _refuse(self, what: str, error: Exception) -> None:
+        """Say the first time that something was not taken, and why."""
+        self.refused += 1
+        if self.refused == 1:
+            self._tell(f"MLflow at {self.uri} did not take {what} ({_reason(error)}); later ones are not reported")
 
     def _finish(self) -> None:
         self._send(last=True)

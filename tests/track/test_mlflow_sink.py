@@ -199,7 +199,42 @@ def test_a_record_the_server_refuses_does_not_hold_up_the_next(tmp_path, quick, 
     tracker.metrics(3, numbers(3))
     tracker.close()
     assert [step for step, _ in history(local(tmp_path), tracker.run_id)] == [1, 3]
-    assert sum("refused metrics of step 2" in line for line in messages(tmp_path)) == 1
+    assert sum("did not take metrics of step 2" in line for line in messages(tmp_path)) == 1
+
+
+def test_numbers_do_not_wait_for_pictures_that_have_no_place(tmp_path, quick, store):
+    (tmp_path / "a file").write_text("no folder can be made below it")
+    local(tmp_path).create_experiment("mcf", (tmp_path / "a file" / "x").as_uri())
+    tracker = Tracker(recipe(tmp_path), tmp_path / "run")
+    for step in (1, 2):
+        tracker.image(step, "reconstruction", np.zeros((4, 4, 3), np.uint8))
+        tracker.metrics(step, numbers(step))
+    tracker.close()
+    assert [step for step, _ in history(local(tmp_path), tracker.run_id)] == [1, 2]
+    assert local(tmp_path).get_run(tracker.run_id).info.status == "FINISHED"
+    assert len(messages(tmp_path)) == 1
+    assert "did not take recipe.yaml" in messages(tmp_path)[0]
+    assert tracker._mlflow.refused == 4  # the recipe, two pictures, the events
+
+
+def test_a_run_made_by_an_answer_that_came_too_late_is_found_again(tmp_path, quick, store, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    create, calls = MlflowClient.create_run, []
+
+    def late(self, *arguments, **named):
+        run = create(self, *arguments, **named)
+        calls.append(run.info.run_id)
+        raise MlflowException("timed out")
+
+    monkeypatch.setattr(MlflowClient, "create_run", late)
+    tracker = Tracker(recipe(tmp_path), tmp_path / "run")
+    tracker.metrics(1, numbers(1))
+    wait_until(lambda: tracker.run_id)
+    tracker.close()
+    assert calls == [tracker.run_id]
+    assert history(local(tmp_path), tracker.run_id) == [(1, 10.0)]
 
 
 @contextlib.contextmanager
