@@ -2,7 +2,7 @@
 
     loader          mcf.data.loader, nothing else running
     beside a step   the same while a pretended training step takes its images at `train_rate`: how long that waits
-    DALI            a pipeline over JPEGs that lie in memory: decode, resize, mirror; no order, no files
+    DALI            DALI and torch over JPEGs that lie in memory: decode, mirror, resize; no order, no files, no thread ahead
     Pillow          decode and resize of the same JPEGs in as many threads
 
 The rows take turns, several rounds each, so that a busy machine is busy for all of them; images per second of CPU time
@@ -106,7 +106,7 @@ def measure(config: LoaderBench) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(config.rounds):
         for name, run in rows.items():
-            rate, per_cpu = _rate(run(), config.seconds)
+            rate, per_cpu = _rate(run(), config.seconds, data.prefetch if name in waited else 0)
             wall[name].append(rate)
             cpu[name].append(per_cpu)
     loader.close()
@@ -147,9 +147,13 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rate(counts: Iterator[int], seconds: float) -> tuple[float, float]:
-    """Images per second, and per second of CPU time of this process, of a loop that yields how many it made."""
-    next(counts)
+def _rate(counts: Iterator[int], seconds: float, ahead: int) -> tuple[float, float]:
+    """Images per second, and per second of CPU time of this process, of a loop that yields how many it made.
+
+    ahead: batches that may lie ready from before; they are taken before the clock runs.
+    """
+    for _ in range(ahead + 1):
+        next(counts)
     began, cpu_began, images = time.perf_counter(), time.process_time(), 0
     while (now := time.perf_counter()) < began + seconds:
         images += next(counts)

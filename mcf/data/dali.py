@@ -1,11 +1,13 @@
 """JPEG bytes to images with DALI, on a GPU or without one: the only door to it.
 
-    external_source ── decoders.image (mixed on a GPU, else cpu) ── resize and mirror ── uint8 [b, H, W, 3]
+    on a GPU      external_source ── decoders.image (mixed) ── resize and mirror ── uint8 [b, H, W, 3]
+    without one   external_source ── decoders.image (cpu) ── mirror ── resize by torch ── uint8 [b, H, W, 3]
 
 One micro-batch goes in and comes out at a time, so that a batch that fails is known; overlap comes from the loader's
 thread and from DALI's own. The pictures are resized to a square with bilinear interpolation and antialiasing (the
 triangle filter, as torchvision's Resize does on a PIL image), and not normalised: that is done where the pixels are
-used. jpeg_fancy_upsampling makes the GPU upsample chroma as libjpeg does.
+used. DALI's resize for the CPU takes two to four times as long as its decoder; torch has the same filter in integers
+and needs a fifth of that, so it is taken there. jpeg_fancy_upsampling makes the GPU upsample chroma as libjpeg does.
 
 One JPEG that does not decode makes DALI fail the batch and declare the pipeline dead. `Decoder.decode` then raises
 `Undecodable` with the samples that fail on their own, and goes on with a new pipeline.
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mcf.errors import UserError, missing_package
@@ -67,7 +70,7 @@ class Decoder:
         self.image_size, self.batch, self.device, self.threads = image_size, batch, device, threads
         self._mixed = device.type == "cuda" and decoder != "cpu"
         self._dali = _import_dali()
-        self._pipelines: dict[bool, Any] = {}
+        self._pipeline: Any = None
 
     def decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
         """Images of the JPEGs (uint8 [bytes] each), those with `mirror` (bool [b]) flipped left to right.
@@ -78,41 +81,39 @@ class Decoder:
         absurd = {i: why for i, size in enumerate(sizes) if (why := _absurd(size))}
         if absurd:
             raise Undecodable(absurd)
-        # Resizing to the same size changes nothing (a test holds DALI to it), but costs more than the decoding.
-        resize = any(size != (self.image_size, self.image_size) for size in sizes)
         try:
-            return self._run(resize, jpegs, mirror)
+            return self._run(jpegs, mirror)
         except RuntimeError:
-            self._pipelines.clear()
-            reasons = self._broken(resize, jpegs)
+            self.close()
+            reasons = self._broken(jpegs)
             if reasons:
                 raise Undecodable(reasons) from None
-            return self._run(resize, jpegs, mirror)  # no image is to blame: let a second failure speak for itself
+            return self._run(jpegs, mirror)  # no image is to blame: let a second failure speak for itself
 
     def close(self) -> None:
-        """Let the pipelines and their buffers go."""
-        self._pipelines.clear()
+        """Let the pipeline and its buffers go; the next batch builds another."""
+        self._pipeline = None
 
-    def _broken(self, resize: bool, jpegs: Sequence[np.ndarray]) -> dict[int, str]:
+    def _broken(self, jpegs: Sequence[np.ndarray]) -> dict[int, str]:
         """Try the images one by one: which fail, and DALI's reason. A new pipeline after each failure (4 ms)."""
-        failures = ((i, self._failure(resize, jpeg)) for i, jpeg in enumerate(jpegs))
+        failures = ((i, self._failure(jpeg)) for i, jpeg in enumerate(jpegs))
         return {i: reason for i, reason in failures if reason}
 
-    def _failure(self, resize: bool, jpeg: np.ndarray) -> str | None:
+    def _failure(self, jpeg: np.ndarray) -> str | None:
         try:
-            self._run(resize, [jpeg], np.zeros(1, dtype=bool))
+            self._run([jpeg], np.zeros(1, dtype=bool))
         except RuntimeError as error:
-            self._pipelines.clear()
+            self.close()
             return _reason(error)
         return None
 
-    def _run(self, resize: bool, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
-        if resize not in self._pipelines:
-            self._pipelines[resize] = self._build(resize)
-        (images,) = self._pipelines[resize].run(jpegs=list(jpegs), mirror=mirror.astype(np.int32))
-        return self._to_torch(images)
+    def _run(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        (images,) = self._pipeline.run(jpegs=list(jpegs), mirror=mirror.astype(np.int32))
+        return self._copied(images) if self._mixed else self._resized(images)
 
-    def _build(self, resize: bool):
+    def _build(self):
         fn, types, pipeline, _ = self._dali
         on_gpu, side = self.device.type == "cuda", self.image_size
         pipe = pipeline(
@@ -128,7 +129,7 @@ class Decoder:
             images = fn.decoders.image(
                 jpegs, device="mixed" if self._mixed else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
             )
-            if resize:
+            if self._mixed:
                 size = {"resize_x": side, "resize_y": side, "crop": (side, side)}
                 images = fn.resize_crop_mirror(
                     images, **size, mirror=mirror, interp_type=types.INTERP_LINEAR, antialias=True
@@ -139,17 +140,30 @@ class Decoder:
         pipe.build()
         return pipe
 
-    def _to_torch(self, images) -> Tensor:
-        """Copy out of DALI's buffer, which the next run writes over."""
-        if self._mixed:
-            dense = images.as_tensor()
-            result = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
-            stream = torch.cuda.current_stream(self.device)
-            self._dali[3](dense, result, cuda_stream=stream)
-            stream.synchronize()
-            return result
-        result = torch.from_numpy(np.array(images.as_tensor()))
-        return result if self.device.type == "cpu" else result.pin_memory().to(self.device)
+    def _copied(self, images) -> Tensor:
+        """Pictures of the right size, copied out of DALI's buffer on the GPU, which the next run writes over."""
+        dense = images.as_tensor()
+        result = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device)
+        self._dali[3](dense, result, cuda_stream=stream)
+        stream.synchronize()
+        return result
+
+    def _resized(self, images) -> Tensor:
+        """Pictures of any sizes, copied out of DALI's buffer and resized; those of one size in one go."""
+        side = self.image_size
+        result = torch.empty(len(images), side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, shape in enumerate(images.shape()):
+            by_shape.setdefault(tuple(shape), []).append(i)
+        for shape, places in by_shape.items():
+            pictures = torch.from_numpy(np.stack([np.asarray(images[i]) for i in places]))
+            if shape[:2] != (side, side):
+                channels_first = pictures.permute(0, 3, 1, 2)  # a view: in memory still channels last, the fast way
+                resized = F.interpolate(channels_first, (side, side), mode="bilinear", antialias=True)
+                pictures = resized.permute(0, 2, 3, 1)
+            result[places] = pictures
+        return result.to(self.device)
 
 
 def _import_dali():

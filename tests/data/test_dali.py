@@ -41,9 +41,9 @@ def test_decodes_and_resizes_as_pillow_does(size):
     images = Decoder(32, 8, device=CPU).decode(jpegs, np.zeros(5, bool))
     assert images.shape == (5, 32, 32, 3) and images.dtype == torch.uint8
     expected = np.stack([pillow(jpeg, 32) for jpeg in jpegs]).astype(int)
-    # Both decode with libjpeg's arithmetic and filter with a triangle, Pillow in 8-bit fixed point after each pass.
+    # Both decode with libjpeg and filter with a triangle in 8-bit fixed point; weights may be rounded by one step.
     # Without antialiasing, or with the chroma upsampled otherwise, single pixels are off by 10 and more.
-    assert np.abs(images.numpy() - expected).max() <= 2
+    assert np.abs(images.numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 40)])
@@ -58,14 +58,15 @@ def test_mirrors_the_asked_images_and_no_others(size):
     assert (plain.int() - plain.flip(2).int()).abs().max() > 20
 
 
-def test_leaving_out_the_resize_changes_nothing():
-    """Images of the right size skip the resize if the whole batch is so; a batch's company must not change a picture."""
-    same = [raw(make_jpeg(i, (32, 32))) for i in range(4)]
-    mirror = np.array([True, False, True, False, False])
+@pytest.mark.parametrize("size", [(32, 32), (40, 40)])
+def test_the_company_of_an_image_does_not_change_it(size):
+    """Images of one size are resized together, and those of the right size not at all."""
+    same = [raw(make_jpeg(i, size)) for i in range(4)]
+    mirror = np.array([True, False, True, False, False, True])
     decoder = Decoder(32, 8, device=CPU)
-    alone = decoder.decode(same, mirror[:4])
-    in_company = decoder.decode([*same, raw(make_jpeg(9, (50, 40)))], mirror)
-    assert torch.equal(alone, in_company[:4])
+    together = decoder.decode([*same, raw(make_jpeg(9, (50, 40))), raw(make_jpeg(10, (32, 33)))], mirror)
+    for i, jpeg in enumerate(same):
+        assert torch.equal(decoder.decode([jpeg], mirror[i : i + 1])[0], together[i])
 
 
 def test_grey_progressive_and_rotated_jpegs():

@@ -344,8 +344,7 @@ def test_loaders_of_two_folders_run_side_by_side(folder, alone, tmp_path):
         assert one.keys == [alone[p][0] for p in one.positions.tolist()]
 
 
-@pytest.mark.parametrize(("ending", "status"), [("", 0), ("sys.exit(3)", 3), ("raise KeyError(1)", 1)])
-def test_a_process_may_end_while_the_loader_runs(folder, ending, status):
+def test_a_process_may_end_while_the_loader_runs(folder):
     """The thread is inside DALI then: an interpreter that goes from under it aborts, or DALI complains at its exit."""
     program = f"""
 import sys
@@ -355,8 +354,7 @@ loader = Loader(DataConfig(path={str(folder)!r}, streams=8, prefetch=1000), batc
                 image_size=32, rank=0, world_size=1, device="cpu")
 batches = iter(loader)
 next(batches)
-{ending}
+sys.exit(3)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == status
-    assert [line for line in ended.stderr.splitlines() if "Error" in line] == (["KeyError: 1"] if status == 1 else [])
+    assert (ended.returncode, ended.stderr) == (3, "")
