@@ -13,7 +13,7 @@ Names of metrics, as every sink shows them:
     lr, momentum, grad_norm
     rate/images_per_s     of all ranks
     rate/data_wait        share of the time, 0–1, that the step waited for data
-    memory/peak_gib       largest memory of a device (without a GPU: of the process), GiB
+    memory/gib            largest memory of a device (without a GPU: of the process), GiB
     GROUP/name            anything else; charts are grouped by what stands before the slash
 """
 

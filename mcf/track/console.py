@@ -91,8 +91,8 @@ def format_line(record: Mapping[str, Any], steps: int | None, batch: int) -> str
         parts.append(f"{thousands(rate)} img/s")
     if "rate/data_wait" in record:
         parts.append(f"wait {100 * record['rate/data_wait']:.0f}%")
-    if "memory/peak_gib" in record:
-        parts.append(f"mem {record['memory/peak_gib']:.1f} GiB")
+    if "memory/gib" in record:
+        parts.append(f"mem {record['memory/gib']:.1f} GiB")
     if steps and rate is not None and rate > 0 and math.isfinite(rate):
         parts.append(f"ETA {duration((steps - step) * batch / rate)}")
     return "  ".join(parts)

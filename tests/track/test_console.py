@@ -21,7 +21,7 @@ RECORD = {
     "grad_norm": 0.81,
     "rate/images_per_s": 23333.0,
     "rate/data_wait": 0.031,
-    "memory/peak_gib": 31.23,
+    "memory/gib": 31.23,
 }
 
 
