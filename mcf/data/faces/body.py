@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from mcf.data.faces import noise
 from mcf.data.faces.canvas import Canvas, ellipsoid
@@ -49,9 +50,10 @@ def backdrop(canvas: Canvas, parameters: FaceParameters) -> None:
         leaves += noise.at(noise.table(9, 9), x * 150 + rng.uniform(0, 256), y * 150)
         mix(picture, third, ramp(leaves, -0.4, 1.2) * 0.8)
         mix(picture, np.clip(first * 2, 0, 1), ramp(leaves, 1.2, 2.2) * 0.7)
+    picture = ndimage.gaussian_filter(picture.reshape(side, side, 3), (1.4, 1.4, 0), mode="nearest")
     full = (canvas.side, canvas.side)
     for channel in range(3):
-        plane = Image.fromarray(np.ascontiguousarray(picture[:, channel].reshape(side, side), np.float32))
+        plane = Image.fromarray(np.ascontiguousarray(picture[..., channel], np.float32))
         canvas.colour[:, channel] = np.asarray(plane.resize(full, Image.Resampling.BILINEAR)).ravel()
 
 

@@ -111,7 +111,7 @@ def strands(who: Identity, n: Floats) -> tuple[Floats, Floats]:
         grain = noise.at(knots, n[:, 0] * size + seed, n[:, 1] * size) * 0.8
         grain += noise.at(knots, n[:, 0] * size * 2 + n[:, 2] * 60, n[:, 1] * size * 2) * 0.5
     else:
-        bend = who.wave * 0.09 * np.sin(cosine * (9 + 6 * who.wave) + 2.5 * turn)
+        bend = who.wave * 0.09 * ramp(cosine, -0.9, 0.2) * np.sin(cosine * (9 + 6 * who.wave) + 2.5 * turn)
         u = (turn + bend) * 60 + seed
         grain = noise.at(noise.table(0.7, 16), u, cosine * 40) * 0.62
         grain += noise.at(noise.table(2.5, 20), u * 0.6, cosine * 30 + 99) * 0.75

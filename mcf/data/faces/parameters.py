@@ -237,7 +237,7 @@ def sample_scene(seed: int, index: int, identity: Identity) -> Scene:
         collar=("round", "v", "high")[int(rng.choice(3, p=(0.45, 0.35, 0.2)))],
         backdrop=BACKDROPS[int(rng.choice(len(BACKDROPS), p=(0.25, 0.35, 0.25, 0.15)))],
         backdrop_colours=tuple(_any_colour(rng, vivid=0.3) for _ in range(3)),  # type: ignore[arg-type]
-        exposure=float(rng.uniform(0.85, 1.12)),
+        exposure=float(rng.uniform(0.8, 1.06)),
         blur=float(rng.choice([0.0, 0.0012, 0.003], p=[0.6, 0.3, 0.1])),
         noise=float(rng.uniform(0.001, 0.011)),
         texture=int(rng.integers(1 << 31)),

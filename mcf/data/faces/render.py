@@ -74,8 +74,12 @@ def _head(canvas: Canvas, parameters: FaceParameters, skull: head.Head, turn: ch
     column, row, r = chart.locate(x, y, z)
     values = chart.bilinear(table, column, row)
     normal = values[:, :3] / np.maximum(np.linalg.norm(values[:, :3], axis=1, keepdims=True), 1e-6)
-    points = Points(x, y, z, normal, values[:, 3], values[:, 4], canvas.pixel)
-    colour, label = paint(parameters, skull.features, points, near)
+    # Deep under hair or hat no skin is seen.
+    bare = np.flatnonzero((values[:, 5] < 0.09) & (values[:, 6] < 0.03))
+    points = Points(x[bare], y[bare], z[bare], normal[bare], values[bare, 3], values[bare, 4], canvas.pixel)
+    colour = np.zeros_like(normal)
+    label = np.full(len(x), Label.SKIN, np.uint8)
+    colour[bare], label[bare] = paint(parameters, skull.features, points, near)
 
     # In the valley between hair and skin little light arrives.
     colour *= (1 - 0.3 * ramp(values[:, 5], -0.1, 0.01))[:, None]
