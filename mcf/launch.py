@@ -60,8 +60,8 @@ def main(argv: list[str]) -> int:
     return launch(argv)
 
 
-def launch(argv: list[str], command: tuple[str, ...] = TRAIN) -> int:
-    """Launch `command run=RUN_DIR` on every rank; see `main`."""
+def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.0) -> int:
+    """Launch `command run=RUN_DIR` on every rank; see `main`. After a rank has died the others have `grace` seconds."""
     recipe, config = cli.load(argv, LaunchConfig, verb="launch")
     recipe = absolute_paths(recipe)
     mode = config.mode or ("slurm" if shutil.which("sbatch") else "local")
@@ -75,14 +75,16 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN) -> int:
     why = "" if config.mode else " (there is no sbatch on this machine)" if mode == "local" else " (sbatch is there)"
     print(f"{'mode':<16}{mode}{why}\n", flush=True)
     if mode == "print":
-        print(job_script(recipe, plan.run_dir, command))
+        print(job_script(recipe, plan.run_dir))
         return 0
     check_inputs(recipe)
     make_folder(plan.run_dir)
     with RunLock(plan.run_dir) as lock:
         prepare(plan.run_dir, recipe)
-        start = run_here if mode == "local" else submit
-        return start(recipe, plan.run_dir, command, lock)
+        task = Rank(
+            (*command, f"run={plan.run_dir}"), plan.run_dir / JOBS, os.environ.get("CUDA_VISIBLE_DEVICES"), grace
+        )
+        return (run_here if mode == "local" else submit)(recipe, plan.run_dir, task, lock)
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------
@@ -170,13 +172,12 @@ def changes(file: Path, recipe: Recipe) -> list[str]:
 # --- this machine ---------------------------------------------------------------------------------------------------
 
 
-def run_here(recipe: Recipe, run_dir: Path, command: tuple[str, ...], lock: RunLock) -> int:
+def run_here(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
     """Run all ranks on this machine and follow rank 0; the exit status of the run."""
     submitit = _submitit()
     jobs = run_dir / JOBS
     executor = submitit.LocalExecutor(jobs)
     executor.update_parameters(tasks_per_node=recipe.gpus_per_node, timeout_min=YEAR, stderr_to_stdout=True)
-    task = Rank((*command, f"run={run_dir}"), jobs, os.environ.get("CUDA_VISIBLE_DEVICES"))
     variables = {
         "PYTHONPATH": _python_path(run_dir),
         "MASTER_PORT": str(_free_port()),
@@ -309,7 +310,7 @@ def _free_port() -> int:
 # --- Slurm ----------------------------------------------------------------------------------------------------------
 
 
-def submit(recipe: Recipe, run_dir: Path, command: tuple[str, ...], lock: RunLock) -> int:
+def submit(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
     """Hand the run to Slurm, and say where to look."""
     submitit = _submitit()
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
@@ -317,7 +318,7 @@ def submit(recipe: Recipe, run_dir: Path, command: tuple[str, ...], lock: RunLoc
     executor = slurm_executor(recipe, run_dir)
     with submitit.helpers.clean_env(), _directory(run_dir):
         try:
-            job = executor.submit(_slurm_task(run_dir, command))
+            job = executor.submit(task)
         except submitit.core.utils.FailedJobError as error:
             raise UserError(f"sbatch refused the job: {error}; see slurm.* in --help") from None
     lock.add(slurm_job=job.job_id)
@@ -325,7 +326,7 @@ def submit(recipe: Recipe, run_dir: Path, command: tuple[str, ...], lock: RunLoc
     return 0
 
 
-def job_script(recipe: Recipe, run_dir: Path, command: tuple[str, ...]) -> str:
+def job_script(recipe: Recipe, run_dir: Path) -> str:
     """The sbatch script that mode=slurm would submit."""
     executor = slurm_executor(recipe, run_dir)
     # submitit's own steps, short of writing the file: there is no public way to see the script.
@@ -366,10 +367,6 @@ def slurm_executor(recipe: Recipe, run_dir: Path) -> SlurmExecutor:
     executor = Executor(run_dir / JOBS, max_num_timeout=slurm.max_requeues)
     executor.update_parameters(**{name: value for name, value in asked.items() if value is not None})
     return executor
-
-
-def _slurm_task(run_dir: Path, command: tuple[str, ...]) -> Rank:
-    return Rank((*command, f"run={run_dir}"), run_dir / JOBS)
 
 
 # --- surroundings ---------------------------------------------------------------------------------------------------
