@@ -81,17 +81,47 @@ def test_grey_progressive_and_rotated_jpegs():
     assert np.abs(images[2] - turned).max() <= 2
 
 
-def test_names_every_broken_image_and_goes_on():
+@pytest.mark.parametrize("message", ["true", "silent", "wrong"])
+def test_names_the_broken_images_and_goes_on(message, monkeypatch):
+    """Also where DALI's message does not say, or says wrongly, which it was."""
     decoder = Decoder(32, 8, device=CPU)
     good = [raw(make_jpeg(i)) for i in range(8)]
     before = decoder.decode(good, np.zeros(8, bool))
-    broken = [*good]
+    if message != "true":
+        plain = decoder._broken
+        text = {"silent": "something failed", "wrong": "sample #3, #77"}[message]
+        monkeypatch.setattr(decoder, "_broken", lambda jpegs, _: plain(jpegs, text))
+    broken, found = [*good], {}
     broken[2], broken[6] = truncated(2), truncated(6)
-    with pytest.raises(Undecodable) as error:
-        decoder.decode(broken, np.zeros(8, bool))
-    assert sorted(error.value.reasons) == [2, 6]
-    assert all("decode" in reason for reason in error.value.reasons.values())
-    assert torch.equal(decoder.decode(good, np.zeros(8, bool)), before)
+    while True:
+        try:
+            images = decoder.decode(broken, np.zeros(8, bool))
+            break
+        except Undecodable as error:
+            assert error.reasons and not error.reasons.keys() & found.keys()
+            found |= error.reasons
+            for i in error.reasons:
+                broken[i] = good[i]
+    assert sorted(found) == [2, 6]
+    assert all("decode" in reason for reason in found.values())
+    assert torch.equal(images, before)
+
+
+def test_a_failure_that_no_image_is_to_blame_for_is_raised(monkeypatch):
+    """Out of memory, say: one more attempt, and then its own words."""
+    decoder, calls = Decoder(32, 8, device=CPU), []
+    plain = decoder._run
+
+    def failing(jpegs, mirror):
+        calls.append(len(jpegs))
+        if len(jpegs) > 1:
+            raise RuntimeError("out of memory")
+        return plain(jpegs, mirror)
+
+    monkeypatch.setattr(decoder, "_run", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decoder.decode([raw(make_jpeg(i)) for i in range(3)], np.zeros(3, bool))
+    assert calls == [3, 1, 1, 1, 3]
 
 
 @pytest.mark.parametrize(
