@@ -19,6 +19,7 @@ from mcf.data.faces.parameters import FaceParameters
 
 NO_WRAP = np.array([0.1, 0.1, 0.1], np.float32)
 UPRIGHT = np.eye(3, dtype=np.float32)
+NAPE = 0.45  # from the jaw's height to where the neck ends in the skull
 
 
 def backdrop(canvas: Canvas, parameters: FaceParameters) -> None:
@@ -85,14 +86,18 @@ def body(canvas: Canvas, parameters: FaceParameters, f: Features, turn: Floats, 
     """Neck, cloth and necklace; `canvas` must not hold the head yet."""
     who, now = parameters.identity, parameters.scene
     jaw = turn @ np.array([0, f.chin + 0.3, -0.12], np.float32)
+    nape = turn @ np.array([0, f.chin + 0.3 + NAPE, -0.42], np.float32)
     lean = 0.25 * math.tan(math.radians(now.roll))
-    at, x, y = canvas.box(-9, 9, -9, jaw[1] + 0.25)
+    at, x, y = canvas.box(-9, 9, -9, jaw[1] + NAPE)
     down = jaw[1] - y
     centre = jaw[0] - lean * np.clip(down, 0, 1.2) - 0.12 * jaw[0] * np.clip(down, 0, 1)
     side = x - centre
     neck = (0.43 + 0.09 * who.masculine) * who.width
     flare = 0.4 * np.maximum(0, down - 0.3) ** 1.6 + 2.0 * np.maximum(0, down - 0.52) ** 1.05
-    outline = neck + 0.05 * np.clip(down, 0, 0.4) + flare
+    # Above the jaw the neck leans to the nape and narrows, so that the head hides its end.
+    up = np.clip(-down / NAPE, 0, 1)
+    side = side - up * (nape[0] - jaw[0])
+    outline = neck * (1 - 0.4 * up) + 0.05 * np.clip(down, 0, 0.4) + flare
     some = np.abs(side) < outline + 0.05
     at, x, y, down, side, outline = (values[some] for values in (at, x, y, down, side, outline))
     across = side / np.maximum(outline, 0.05)
@@ -167,7 +172,7 @@ def ears(canvas: Canvas, parameters: FaceParameters, turn: Floats, light: Light)
         canvas.put(at, colour, cover, int(which), depth)
         if now.earrings:
             _earring(
-                canvas, parameters, turn, light, centre + np.array([side * 0.03, -0.27 * who.ear, 0.05], np.float32)
+                canvas, parameters, turn, light, centre + np.array([side * 0.01, -0.19 * who.ear, 0.04], np.float32)
             )
 
 

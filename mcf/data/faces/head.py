@@ -86,11 +86,11 @@ def _skull(who: Identity, features: Features) -> Floats:
     heights, rows = _profiles(who, features)
     n = chart.directions(COARSE).reshape(-1, 3)
     inner, outer = np.full(len(n), 0.1, np.float32), np.full(len(n), 1.9, np.float32)
-    span = (ROWS - 1) / (heights[-1] - heights[0])
+    low, span = float(heights[0]), (ROWS - 1) / float(heights[-1] - heights[0])
     for _ in range(13):
         r = (inner + outer) / 2
         p = r[:, None] * n
-        at = (p[:, 1] - heights[0]) * span
+        at = (p[:, 1] - low) * span
         width, front, back, middle = rows[np.clip(at, 0, ROWS - 1).astype(np.int32)].T
         dz = p[:, 2] - middle
         depth = np.where(dz > 0, front - middle, middle - back)

@@ -28,7 +28,7 @@ class Face:
 def draw(parameters: FaceParameters, size: int = 256) -> Face:
     """Draw a face, `size` pixels square (64–1024 are tried)."""
     now = parameters.scene
-    side = size * 2 if size <= 128 else size * 4 // 3
+    side = size * 3 // 2 if size < 200 else size * 4 // 3
     canvas = Canvas(side, now.scale, now.centre)
     turn = head.rotation(now.yaw, now.pitch, now.roll)
     lamp = light.of(now)
