@@ -51,24 +51,26 @@ def test_auto_on_a_cpu_is_sdpa_and_says_so_once(caplog):
     with caplog.at_level(logging.INFO, "mcf.attention"):
         for _ in range(3):
             attention.attention(q, q, q)
-    assert [r.getMessage() for r in caplog.records] == ["attention on cpu: sdpa (xformers needs a GPU)"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention on cpu in float32: sdpa (the faster one; xformers needs a GPU)"
+    ]
 
 
 def test_xformers_needs_a_gpu():
     with pytest.raises(UserError, match=r"attention=xformers.*this is cpu.*attention=auto"):
-        attention.resolve("xformers", "cpu")
+        attention.resolve("xformers", "cpu", torch.float32)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="attention=flash: unknown; one of auto, xformers, sdpa, math"):
-        attention.resolve("flash", "cpu")
+        attention.resolve("flash", "cpu", torch.float32)
 
 
 def test_missing_xformers_is_one_line_or_a_fallback(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(UserError, match=r"xformers is not installed.*pip install xformers"):
-        attention.resolve("xformers", "cuda")
+        attention.resolve("xformers", "cuda", torch.bfloat16)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     with caplog.at_level(logging.INFO, "mcf.attention"):
-        assert attention.resolve("auto", "cuda") == "sdpa"
+        assert attention.resolve("auto", "cuda", torch.bfloat16) == "sdpa"
     assert "xformers is not installed" in caplog.text and len(caplog.records) == 1

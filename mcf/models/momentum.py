@@ -53,7 +53,7 @@ class MomentumBranch(nn.Module):
         Raises:
             KeyError: a parameter of this branch is not among them.
         """
-        ours = dict(self.named_parameters())
+        ours: dict[str, Tensor] = dict(self.named_parameters())
         if POSITIONS in named_parameters:
             ours[POSITIONS] = self.encoder.pos_embed
         theirs = [named_parameters[name] for name in ours]

@@ -95,10 +95,10 @@ class PatchProjection(nn.Module):
         nn.init.xavier_uniform_(self.weight.data.view(width, -1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        if patches.device.type != "cpu":
+        if patches.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return F.linear(patches, self.weight.flatten(1), self.bias)
-        # The same sum, as a convolution over an image that is one row of patches: on a CPU it is added up in the order
-        # of a convolution over the whole image, and the golden numbers (METHOD 3) depend on the last bit of it.
+        # The same sum, as a convolution over an image that is one row of patches: in float32 on a CPU it is added up in
+        # the order of a convolution over the whole image, and golden numbers (METHOD 3) depend on the last bit of it.
         batch, count, _ = patches.shape
         side = self.weight.shape[-1]
         row = patches.view(batch, count, 3, side, side).permute(0, 2, 3, 1, 4).reshape(batch, 3, side, count * side)
