@@ -95,7 +95,7 @@ def latest(run_dir: str | Path) -> Path | None:
 
 def newest(run_dir: str | Path) -> tuple[Path | None, list[Damage]]:
     """The newest whole checkpoint, and the damaged newer ones that were passed over."""
-    damaged = []
+    damaged: list[Damage] = []
     for path in reversed(steps(run_dir)):
         damage = verify(path)
         if damage is None:

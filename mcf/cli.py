@@ -204,7 +204,7 @@ def render(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def main(function: Callable[[list[str]], int]) -> Callable[[list[str] | None], int]:
+def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
     """Make a verb's `main(argv) -> status` out of a function: a UserError is one line and status 2, ctrl-C is 130."""
 
     @functools.wraps(function)

@@ -105,15 +105,14 @@ def report(run_dir: Path, seconds: float) -> int:
             f"{term.removeprefix('loss/'):<16}{start:>12.5g}{end:>12.5g}  {'fell' if end < start else 'did NOT fall'}"
         )
     rates = sorted(r["rate/images_per_s"] for r in records[1:] or records)
-    pictures = sorted((run_dir / "images").glob("reconstruction*.png")) or sorted((run_dir / "images").glob("*.png"))
+    pictures = sorted((run_dir / "images").glob("*-reconstruction.png"))
     checkpoint = max((run_dir / "checkpoints").glob("step-*"), default=None)
     print(f"\n{rates[len(rates) // 2]:.0f} images/s (median), {records[-1]['step']} steps, {seconds:.0f} s in all\n")
     print(f"checkpoint       {checkpoint}")
     print(f"reconstructions  {pictures[-1] if pictures else 'none'}")
     print(f"metrics          {run_dir / 'metrics.jsonl'}")
-    store = (run_dir.parent / "mlflow.db").resolve()
-    print(f"MLflow page      {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri sqlite:///{store}")
-    print("                 then open http://127.0.0.1:5000")
+    page = [event["mlflow"] for event in read(run_dir / EVENTS) if event.get("mlflow")][-1]
+    print(f"MLflow page      {Path(sys.executable).parent}/{page}")
     if not fallen:
         print("\nA loss term has not fallen: the demo failed.", file=sys.stderr)
     return 0 if fallen else 1

@@ -74,8 +74,14 @@ class Training:
         recipe, plan, progress = self.recipe, self.plan, self.progress
         last = min(plan.steps, progress.step + (recipe.train.stop_after or plan.steps))
         batches = self.meters.timed(iter(self.loader))
-        where = {"rank": self.world.rank, "plan": plan, "run_id": progress.mlflow_run, "start": progress.step}
-        with Tracker(recipe, self.run_dir, **where) as tracker:
+        with Tracker(
+            recipe,
+            self.run_dir,
+            rank=self.world.rank,
+            plan=plan,
+            run_id=progress.mlflow_run,
+            start=progress.step,
+        ) as tracker:
             tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
             while progress.step < last:
                 outcome = self.step(progress.step, batches)
@@ -96,7 +102,7 @@ class Training:
                 if stopping:
                     break
             done = progress.step >= plan.steps
-            tracker.event("finished" if done else "stopped", step=progress.step)
+            tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
             tracker.close("finished" if done else "stopped")
         self.loader.close()
         return done
