@@ -26,10 +26,9 @@ def _batch(r: Recipe) -> None:
             f"{_nearest(ranks, works)}, or a batch like {_nearest(r.batch, _multiples(ranks, r.batch))}"
         )
     share = r.batch // ranks
-    if share % r.micro_batch:
-        too_much = f" ({ranks * r.micro_batch} samples at once)" if r.micro_batch > share else ""
+    if share % r.local_batch:
         raise UserError(
-            f"batch={r.batch} cannot be reached by {who} of micro_batch={r.micro_batch}{too_much}: batch = ranks × "
+            f"batch={r.batch} cannot be reached by {who} of micro_batch={r.micro_batch}: batch = ranks × "
             f"micro_batch × accumulation; use micro_batch={_nearest(r.micro_batch, divisors(share))}"
         )
 
@@ -72,7 +71,7 @@ def _losses(r: Recipe) -> None:
 
 def _contrast(r: Recipe) -> None:
     contrast, ranks = r.contrast, r.world_size
-    together = ranks * r.micro_batch
+    together = ranks * r.local_batch
     size = contrast.group_size
     if contrast.scope != "group" and size is not None:
         raise UserError(
@@ -93,12 +92,13 @@ def _contrast(r: Recipe) -> None:
         return
     if keys_per_query(r) < 2:
         raise UserError(
-            f"micro_batch={r.micro_batch} on {ranks} ranks leaves a query without negatives; use a larger micro_batch, "
+            f"a micro-batch of {r.local_batch} on {ranks} ranks leaves a query without negatives; use a larger micro_batch, "
             "contrast.scope=step, or loss.contrast=0"
         )
-    if r.model.projection.batch_norm == "per_rank" and r.micro_batch < 2:
+    if r.model.projection.batch_norm == "per_rank" and r.local_batch < 2:
         raise UserError(
-            "micro_batch=1 leaves the heads' BatchNorm one sample to normalise with; use micro_batch=2 or more, "
+            f"one sample a rank leaves the heads' BatchNorm nothing to normalise with (micro_batch={r.micro_batch}, {ranks} ranks, "
+            f"batch={r.batch}); use micro_batch=2 or more, fewer ranks, "
             "or model.projection.batch_norm=synchronised"
         )
 
@@ -170,7 +170,7 @@ def peak_lr(r: Recipe) -> float:
 
 def keys_per_query(r: Recipe) -> int:
     """Keys a query is compared with: its own and the negatives."""
-    sizes = {"micro_batch": r.world_size * r.micro_batch, "step": r.batch, "group": r.contrast.group_size or 0}
+    sizes = {"micro_batch": r.world_size * r.local_batch, "step": r.batch, "group": r.contrast.group_size or 0}
     return sizes[r.contrast.scope]
 
 

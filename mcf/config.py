@@ -255,7 +255,11 @@ class Recipe(Section):
     output: str = Field("runs", description="folder of run directories")
     seed: NonNegative = Field(0, description="seed of weights, data order, masks and flips")
     batch: Positive = Field(4096, description="effective batch: samples of an optimiser step over all ranks")
-    micro_batch: Positive = Field(64, description="samples a rank handles at once; the accumulation is derived")
+    micro_batch: Positive = Field(
+        64,
+        description="most samples a rank handles at once; the accumulation is derived, and ranks whose share of batch is "
+        "smaller handle their share",
+    )
     nodes: Positive = Field(1, description="machines")
     gpus_per_node: Positive = Field(1, description="ranks a machine: one a GPU, or processes where there is no GPU")
     kernels: Literal["auto", "triton", "reference"] = Field("auto", description="which implementation of the kernels")
@@ -280,3 +284,8 @@ class Recipe(Section):
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def local_batch(self) -> int:
+        """Samples a rank handles at once: micro_batch, or its share of batch where many ranks leave it less."""
+        return min(self.micro_batch, self.batch // self.world_size)

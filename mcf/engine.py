@@ -55,7 +55,7 @@ class Engine:
 
     Args:
         model: the trained module, float32; it is moved to the rank's device.
-        recipe: its optimizer, train.precision, train.zero_stage and micro_batch are read.
+        recipe: its optimizer, train.precision, train.zero_stage and local_batch are read.
         accumulation: micro-batches a step; `backward` counts them.
         world: this rank; the process group must stand (`mcf.distributed.join`).
         persist: parameters of up to this many elements are not split under stage 3; DeepSpeed's default if None.
@@ -287,7 +287,7 @@ def _deepspeed_config(recipe: Recipe, model: nn.Module, accumulation: int, persi
     if stage == 3 and persist is not None:
         zero["stage3_param_persistence_threshold"] = persist
     return {
-        "train_micro_batch_size_per_gpu": recipe.micro_batch,
+        "train_micro_batch_size_per_gpu": recipe.local_batch,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": zero,
         # Not the bf16 section, which would cast parameters and break BatchNorm. No module is "safe" for gradients

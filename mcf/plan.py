@@ -181,7 +181,7 @@ def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
             f"optimizer.warmup_epochs={recipe.optimizer.warmup_epochs:g} are {warmup_steps:,.0f} steps, and the run has "
             f"only {steps:,}; use less, for example optimizer.warmup_epochs={steps / steps_per_epoch / 16:.3g}"
         )
-    accumulation = recipe.batch // (recipe.world_size * recipe.micro_batch)
+    accumulation = recipe.batch // (recipe.world_size * recipe.local_batch)
     parameters = count_parameters(recipe)
     check = recipe.checkpoint
     saves = -(-steps // check.every)
@@ -193,7 +193,7 @@ def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
         nodes=recipe.nodes,
         gpus_per_node=recipe.gpus_per_node,
         batch=recipe.batch,
-        micro_batch=recipe.micro_batch,
+        micro_batch=recipe.local_batch,
         accumulation=accumulation,
         samples=samples,
         steps_per_epoch=steps_per_epoch,
@@ -241,6 +241,11 @@ def _samples(recipe: Recipe, counted: int | None) -> int:
 
 def _notes(recipe: Recipe) -> list[str]:
     notes = []
+    if recipe.local_batch < recipe.micro_batch:
+        notes.append(
+            f"{recipe.world_size} ranks of micro_batch={recipe.micro_batch} would be more than the batch: "
+            f"each handles its share, {recipe.local_batch}"
+        )
     if recipe.loss.feature and recipe.teacher.source == "random":
         notes.append("the teacher's weights are RANDOM: this shows that a run works, its encoder is worth nothing")
     return notes
@@ -306,8 +311,8 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
         optimizer=optimizer,
         momentum=2 * parameters.momentum * FLOAT if recipe.loss.contrast else 0,
         teacher=parameters.teacher * (2 if bf16 else FLOAT),
-        activations=recipe.micro_batch * _activations(recipe),
-        images=image * (recipe.micro_batch * (recipe.data.prefetch + 1) + held),
+        activations=recipe.local_batch * _activations(recipe),
+        images=image * (recipe.local_batch * (recipe.data.prefetch + 1) + held),
     )
 
 

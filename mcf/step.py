@@ -112,7 +112,7 @@ class Step:
         Keys are [M, dim]; under contrast.scope=group [groups, group_size, dim], where each group meets an equal share
         of the queries, in order. Labels int64 [B] count within the keys that a query meets.
         """
-        size = self.recipe.micro_batch
+        size = self.recipe.local_batch
         first = self.world.size * index * size
         rows = first + self.world.size * torch.arange(size, device=keys.device) + self.world.rank
         group = self.recipe.contrast.group_size

@@ -59,7 +59,7 @@ class Training:
         self.loader = Loader(
             recipe.data,
             batch=recipe.batch,
-            micro_batch=recipe.micro_batch,
+            micro_batch=recipe.local_batch,
             seed=recipe.seed,
             image_size=recipe.model.image_size,
             rank=world.rank,
@@ -88,12 +88,12 @@ class Training:
                 progress.step += 1
                 progress.samples_seen += recipe.batch
                 self.meters.add(outcome, samples=recipe.batch)
-                self._note_bad_samples(tracker)
                 progress.bad_steps += not outcome.applied
                 self.guard.observe(progress.step, outcome.applied, outcome.keys, {"grad_norm": outcome.grad_norm})
 
                 stopping = distributed.any_rank(stop.received) or progress.step == last
                 if stopping or self._due(recipe.train.log_every):
+                    self._note_bad_samples(tracker)
                     self._log(tracker)
                 if stopping or self._due(recipe.track.images_every):
                     self._picture(tracker, outcome)
@@ -146,9 +146,11 @@ class Training:
         tracker.metrics(step, numbers)
 
     def _note_bad_samples(self, tracker: Tracker) -> None:
-        for bad in self.loader.take_bad():
-            self.progress.bad_samples += 1
-            tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
+        """Record what the loaders of all ranks left out since the last time."""
+        for found in distributed.gather_objects(self.loader.take_bad()):
+            for bad in found:
+                self.progress.bad_samples += 1
+                tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
 
     def _picture(self, tracker: Tracker, outcome: Outcome) -> None:
         if self.world.is_main:

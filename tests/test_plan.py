@@ -29,7 +29,8 @@ def test_the_faithful_run_on_one_node():
         (["nodes=1"], 8, 512, 8),
         (["nodes=2"], 4, 1024, 4),
         (["nodes=8"], 1, 4096, 1),
-        (["nodes=16", "micro_batch=32"], 1, 4096, 1),
+        (["nodes=16"], 1, 4096, 1),
+        (["nodes=64"], 1, 4096, 1),
         (["nodes=1", "gpus_per_node=1"], 64, 64, 64),
         (["nodes=2", "contrast.scope=step"], 4, 4096, 4),
         (["nodes=2", "momentum.update=step"], 4, 1024, 1),
@@ -42,9 +43,12 @@ def test_any_number_of_nodes_keeps_the_effective_batch(argv, accumulation, keys,
     assert (p.steps, p.lr) == (78_112, pytest.approx(2.4e-3))
 
 
-def test_too_many_ranks_are_told_what_works():
-    with pytest.raises(UserError, match=r"8192 samples at once.*use micro_batch=8, 16, 32"):
-        plan("recipe=vit_b_20m", "nodes=16")
+def test_many_ranks_share_the_batch_and_the_plan_says_so():
+    p = plan("recipe=vit_b_20m", "nodes=16")
+    assert p.micro_batch == 32
+    assert "each handles its share, 32" in str(p)
+    with pytest.raises(UserError, match=r"cannot be reached by .* of micro_batch=48: .*use micro_batch=.*32, 64"):
+        plan("recipe=vit_b_20m", "micro_batch=48")
 
 
 @pytest.mark.parametrize("name", cli.recipe_names())
