@@ -127,7 +127,7 @@ def small(*argv: str) -> list[str]:
     [
         # batch = ranks × micro_batch × accumulation
         (["micro_batch=6"], ["batch=64", "1 ranks", "micro_batch=6", "use micro_batch=4, 8"]),
-        (["gpus_per_node=8", "micro_batch=3"], ["= 8 ranks", "micro_batch=3", "use micro_batch=1, 2, 4"]),
+        (["gpus_per_node=8", "micro_batch=3"], ["= 8 ranks", "micro_batch=3", "use micro_batch=2, 4, 8"]),
         (["gpus_per_node=3"], ["batch=64 cannot be shared", "= 3 ranks", "2, 4", "63, 66"]),
         (["nodes=5", "gpus_per_node=4"], ["nodes=5 × gpus_per_node=4 = 20 ranks", "16"]),
         # the order of the data
