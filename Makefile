@@ -41,11 +41,11 @@ install: $(STAMP)
 $(STAMP): setup.py
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10–3.13 on the path; name one with PYTHON=…" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(PIP_TORCH) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=69" wheel packaging "numpy>=1.26,<3" ninja psutil py-cpuinfo
-	$(BIN)/python -m pip install --quiet --no-build-isolation "deepspeed>=0.19,<0.20"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install -qq --upgrade "pip>=24"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -qq $(PIP_TORCH) "$(TORCH)"
+	$(BIN)/python -m pip install -qq "setuptools>=69" wheel packaging "numpy>=1.26,<3" ninja psutil py-cpuinfo
+	$(BIN)/python -m pip install -qq --no-build-isolation "deepspeed>=0.19,<0.20"
+	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[test]"
 	@touch $@
 
 clean:

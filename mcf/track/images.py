@@ -19,6 +19,7 @@ GAP = 24  # pixels between two blocks of rows
 PAPER = 255  # the background
 INK = (60, 60, 60)
 DROPPED = 190  # grey of a dropped patch
+SMALLEST = 112  # side of a face in the picture, pixels, at least
 ROWS = 4  # faces in a block before a second block is begun
 
 
@@ -36,7 +37,7 @@ def reconstruction_grid(
         pasted: whether a fourth column shows the prediction with the visible patches of the input in it.
 
     Returns:
-        uint8 [height, width, 3]. Values outside [0, 255] after denormalising are clipped, non-finite ones are black.
+        uint8 [height, width, 3]; small images are shown in whole multiples of their size. Values outside [0, 255] after denormalising are clipped, non-finite ones are black.
 
     Raises:
         ValueError: shapes do not belong together.
@@ -57,7 +58,8 @@ def reconstruction_grid(
     }
     if pasted:
         columns["with visible"] = np.where(dropped, predicted, images)
-    return _lay_out(columns)
+    times = -(-SMALLEST // height)
+    return _lay_out({name: faces.repeat(times, axis=1).repeat(times, axis=2) for name, faces in columns.items()})
 
 
 def unpatchify(patches: np.ndarray, patch_size: int, height: int, width: int) -> np.ndarray:

@@ -35,7 +35,9 @@ def faces():
 
 
 def find(picture, tile):
-    """(top, left) of every exact copy of `tile` in `picture`."""
+    """(top, left) of every exact copy of `tile` in `picture`, enlarged as small images are."""
+    times = -(-pictures.SMALLEST // len(tile))
+    tile = np.kron(tile, np.ones((times, times, 1), dtype=np.uint8))
     height, width, _ = tile.shape
     corners = np.argwhere((picture[:-height, :-width] == tile[0, 0]).all(axis=2))
     return [(int(y), int(x)) for y, x in corners if np.array_equal(picture[y : y + height, x : x + width], tile)]
