@@ -3,23 +3,38 @@
     step 12,340/78,125 15.8%  loss 7.312  feature 4.31e-6  lr 2.4e-3  grad 0.8100  4.1k img/s  wait 3%  ETA 3h12m
 
 `format_line` makes the line from a record of metrics.jsonl; a number that a record does not hold leaves no gap.
+`read_line` knows such a line again, so that the launcher can show a rank that writes into a file as a live line.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console as Terminal
+from rich.console import ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 HIDDEN = {"loss/total"}  # shown as `loss`, before its terms
+GAP = "  "  # between the parts of a step line
+# What a narrow terminal keeps, the least needed first: a part is known by its first or last word.
+NEEDED = ("img/s", "ETA", "loss", "step")
+BAR = 20  # columns of the bar, at most
+_STEP_LINE = re.compile(r"step (?P<step>\d[\d,]*)(/(?P<steps>\d[\d,]*) \d+\.\d%)?(  |$)")
+
+
+class Position(NamedTuple):
+    """Where a run stands: steps done, and steps of the whole run (None if unknown)."""
+
+    step: int
+    steps: int | None
 
 
 class Console:
@@ -31,43 +46,103 @@ class Console:
         self.batch = batch
         self.stream = stream or sys.stdout
         self._lock = threading.Lock()
-        self._live: Live | None = None
-        if self.stream.isatty():
-            self._terminal = Terminal(file=self.stream)
-            self._live = Live(console=self._terminal, refresh_per_second=4, transient=False)
+        self._screen = Screen(self.stream) if can_move(self.stream) else None
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Show one record of metrics: the live line moves, or a line is printed."""
-        line = format_line(record, self.steps, self.batch)
-        with self._lock:
-            if self._live is None:
-                print(line, file=self.stream, flush=True)
-                return
-            if not self._live.is_started:
-                self._live.start()
-            self._live.update(self._bar(record["step"], line))
+        self._show(format_line(record, self.steps, self.batch))
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Print one event, above the live line."""
-        line = format_event(record)
-        with self._lock:
-            if self._live is None:
-                print(line, file=self.stream, flush=True)
-            else:
-                self._terminal.print(Text(line), soft_wrap=True)
+        self._show(format_event(record))
 
     def close(self) -> None:
         """Leave the last line where it is and give the terminal back."""
         with self._lock:
-            if self._live is not None and self._live.is_started:
-                self._live.stop()
+            if self._screen is not None:
+                self._screen.close()
 
-    def _bar(self, step: int, line: str) -> Table | Text:
-        if not self.steps:
-            return Text(line)
-        row = Table.grid(padding=(0, 1))
-        row.add_row(ProgressBar(total=self.steps, completed=step, width=20), Text(line))
-        return row
+    def _show(self, line: str) -> None:
+        with self._lock:
+            if self._screen is None:
+                print(line, file=self.stream, flush=True)
+            else:
+                self._screen.show(line)
+
+
+class Screen:
+    """A terminal: the newest step line stays at the bottom with a bar, all other lines scroll above it."""
+
+    def __init__(self, stream: TextIO):
+        self._terminal = Terminal(file=stream, highlight=False)
+        self._live = Live(console=self._terminal, refresh_per_second=4)
+
+    def show(self, line: str) -> None:
+        """Show one line, without its newline."""
+        position = read_line(line)
+        if position is None:
+            # Left to the terminal to wrap: a path can be copied whole.
+            self._terminal.print(Text.from_ansi(line), soft_wrap=True)
+            return
+        if not self._live.is_started:
+            self._live.start()
+        self._live.update(_StepLine(line, position))
+
+    def close(self) -> None:
+        """Leave the last line where it is and give the terminal back."""
+        if self._live.is_started:
+            self._live.stop()
+
+
+class _StepLine:
+    """A step line as wide as the terminal is at the moment."""
+
+    def __init__(self, line: str, position: Position):
+        self.line, self.position = line, position
+
+    def __rich_console__(self, _console: Terminal, options: ConsoleOptions) -> RenderResult:
+        step, steps = self.position
+        bar = min(BAR, options.max_width // 8) if steps else 0
+        text = Text(fit(self.line, options.max_width - bar - bool(bar)), no_wrap=True, overflow="ellipsis")
+        if not bar:
+            yield text
+            return
+        row = Table.grid(padding=(0, 1, 0, 0))
+        row.add_column(width=bar)
+        row.add_column(no_wrap=True, overflow="ellipsis")
+        row.add_row(ProgressBar(total=steps, completed=step, width=bar), text)
+        yield row
+
+
+def can_move(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a line can be written over."""
+    return stream.isatty() and not Terminal(file=stream).is_dumb_terminal
+
+
+def read_line(line: str) -> Position | None:
+    """Where the run stands by a line of `format_line`; None for any other line."""
+    found = _STEP_LINE.match(line)
+    if found is None:
+        return None
+    steps = found["steps"]
+    return Position(int(found["step"].replace(",", "")), int(steps.replace(",", "")) if steps else None)
+
+
+def fit(line: str, width: int) -> str:
+    """A step line without the parts that do not fit into `width` columns: from the end, the needed ones last."""
+    parts = line.split(GAP)
+
+    def rank(index: int) -> tuple[int, int]:
+        words = parts[index].split(" ")
+        needed = [place for place, word in enumerate(NEEDED) if word in (words[0], words[-1])]
+        return (needed[0] + 1 if needed else 0, -index)
+
+    gone: set[int] = set()
+    for index in sorted(range(len(parts)), key=rank)[:-1]:
+        if len(GAP.join(part for i, part in enumerate(parts) if i not in gone)) <= width:
+            break
+        gone.add(index)
+    return GAP.join(part for i, part in enumerate(parts) if i not in gone)
 
 
 def format_line(record: Mapping[str, Any], steps: int | None, batch: int) -> str:
@@ -95,7 +170,7 @@ def format_line(record: Mapping[str, Any], steps: int | None, batch: int) -> str
         parts.append(f"mem {record['memory/gib']:.1f} GiB")
     if steps and rate is not None and rate > 0 and math.isfinite(rate):
         parts.append(f"ETA {duration((steps - step) * batch / rate)}")
-    return "  ".join(parts)
+    return GAP.join(parts)
 
 
 def format_event(record: Mapping[str, Any]) -> str:

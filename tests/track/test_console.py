@@ -8,7 +8,18 @@ import re
 
 import pytest
 
-from mcf.track.console import Console, duration, format_event, format_line, number, scientific, thousands
+from mcf.track.console import (
+    Console,
+    Screen,
+    duration,
+    fit,
+    format_event,
+    format_line,
+    number,
+    read_line,
+    scientific,
+    thousands,
+)  # fmt: skip
 
 RECORD = {
     "step": 12340,
@@ -88,21 +99,86 @@ def test_a_file_gets_plain_lines():
     ]
 
 
-def test_a_terminal_gets_one_live_line_with_events_above(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def visible(stream: io.StringIO) -> str:
+    """What was written, without the movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+
+
+@pytest.fixture
+def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    stream = Terminal()
+    return Terminal()
+
+
+def test_a_terminal_gets_one_live_line_with_events_above(terminal):
+    stream = terminal
     console = Console(100, 8, stream)
     for step in (1, 2, 50):
         console.metrics({"step": step, "loss/total": 3.0})
     console.event({"kind": "checkpoint", "step": 50})
     console.close()
-    text = stream.getvalue()
-    assert "\x1b[" in text  # it moves the cursor instead of adding lines
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "\x1b[" in stream.getvalue()  # it moves the cursor instead of adding lines
+    plain = visible(stream)
     assert plain.rindex("checkpoint: step=50") < plain.rindex("step 50/100 50.0%")
     assert "━" in plain
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(100, 8, terminal)
+    console.metrics({"step": 1, "loss/total": 3.0})
+    console.event({"kind": "restart", "step": 1})
+    console.close()
+    assert terminal.getvalue() == "step 1/100 1.0%  loss 3.000\nrestart: step=1\n"
+
+
+@pytest.mark.parametrize("steps", [None, 78125, 12340])
+def test_a_step_line_is_known_again(steps):
+    assert read_line(format_line(RECORD, steps, 4096)) == (12340, steps)
+    assert read_line(format_line({"step": 0}, steps, 8)) == (0, steps)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "step", "stepping 3", "checkpoint: step=50", "12:00:01 step 3/10 30.0%", "step 3 of 10"]
+)
+def test_other_lines_are_no_step_lines(line):
+    assert read_line(line) is None
+
+
+def test_what_a_narrow_line_keeps():
+    line = format_line(RECORD, 78125, 4096)
+    assert fit(line, len(line)) == line
+    assert fit(line, len(line) - 1) == line.replace("  mem 31.2 GiB", "")
+    # 80 columns, 10 of them the bar and one its gap.
+    assert fit(line, 69) == "step 12,340/78,125 15.8%  loss 7.312  23.3k img/s  ETA 3h12m"
+    assert fit(line, 50) == "step 12,340/78,125 15.8%  loss 7.312  ETA 3h12m"
+    assert fit(line, 5) == "step 12,340/78,125 15.8%"  # rich shortens what is left
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 81, 200])
+def test_the_live_line_never_wraps(terminal, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    screen = Screen(terminal)
+    screen.show(format_line(RECORD, 78125, 4096))
+    screen.close()
+    rows = re.split(r"[\r\n]+", visible(terminal))
+    assert any("step 1" in row for row in rows)
+    assert max(map(len, rows)) <= columns
+    if columns == 80:
+        # 15.8 % of 10 columns in halves: one whole and a half.
+        assert rows[-2] == "━╸━━━━━━━━ step 12,340/78,125 15.8%  loss 7.312  23.3k img/s  ETA 3h12m"
+
+
+def test_other_lines_reach_the_terminal_whole(terminal):
+    screen = Screen(terminal)
+    path = "saved: " + "/long/path" * 20 + " [not a style] 12"
+    screen.show("step 1/10 10.0%")
+    screen.show(path)
+    screen.close()
+    assert path in terminal.getvalue()
