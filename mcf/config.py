@@ -177,7 +177,9 @@ class DataConfig(Section):
     threads: Positive | None = Field(None, description="decoder threads a rank; default: the cores of the rank's share")
     prefetch: Positive = Field(3, description="micro-batches decoded ahead")
     max_bad: Share = Field(
-        0.01, description="share of unreadable samples (of those seen since the start, at least 100) that stops the run"
+        0.01,
+        description="share of unreadable samples (of the different ones seen since the start, at least 100) above which "
+        "the run stops",
     )
 
 

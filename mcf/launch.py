@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 TRAIN = (sys.executable, "-u", "-m", "mcf.train")
 RECIPE = "recipe.yaml"
 JOBS = "jobs"
+ERROR = "error: "  # how a verb begins the one line of a user's mistake, with which it ends with status 2
+USER_ERROR = 2
 POLL = 0.1  # seconds between two looks at a local job
 YEAR = 366 * 24 * 60  # minutes: a local job has no time limit, but submitit wants one
 
@@ -70,6 +72,8 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
             f"nodes={recipe.nodes} with mode=local, which is this machine alone; use nodes=1 (and gpus_per_node for the "
             "ranks), or mode=slurm"
         )
+    if mode != "print":
+        check_inputs(recipe)
     plan = make_plan(recipe, count_samples(recipe))
     print(plan)
     why = "" if config.mode else " (there is no sbatch on this machine)" if mode == "local" else " (sbatch is there)"
@@ -77,7 +81,6 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
     if mode == "print":
         print(job_script(recipe, plan.run_dir))
         return 0
-    check_inputs(recipe)
     make_folder(plan.run_dir)
     with RunLock(plan.run_dir) as lock:
         prepare(plan.run_dir, recipe)
@@ -121,19 +124,28 @@ def count_samples(recipe: Recipe) -> int | None:
     try:
         return int(json.loads(manifest.read_text())["samples"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{manifest}: damaged manifest; pack the folder again with python -m mcf.pack") from None
+        folder = recipe.data.path
+        raise UserError(
+            f"{manifest}: damaged manifest; restore it, or delete {folder} and pack it again: "
+            f"python -m mcf.pack source=IMAGES out={folder}"
+        ) from None
 
 
 def check_inputs(recipe: Recipe) -> None:
     """Raise UserError for data or teacher that are not where the recipe says; the ranks look closer."""
     data, teacher = recipe.data.path, recipe.teacher
-    remedy = f"pack images with: python -m mcf.pack source=IMAGES out={data or 'FOLDER'}"
+    pack = "pack images with: python -m mcf.pack source=IMAGES out="
     if data is None:
-        raise UserError("data.path is not set: which folder of packed shards is to be trained on? " + remedy)
-    if not Path(data).is_dir():
-        raise UserError(f"data.path={data}: no such folder; {remedy}")
-    if not (Path(data) / "manifest.json").is_file():
-        raise UserError(f"data.path={data}: no manifest.json in it; {remedy}")
+        raise UserError(f"data.path is not set: which folder of packed shards is to be trained on? {pack}FOLDER")
+    folder = Path(data)
+    if not folder.exists():
+        raise UserError(f"data.path={data}: no such folder; {pack}{data}")
+    if not folder.is_dir():
+        raise UserError(f"data.path={data} is a file; give the folder that mcf.pack wrote, or {pack}FOLDER")
+    if not (folder / "manifest.json").is_file():
+        # A folder that holds something else is not packed into.
+        out = "NEW_FOLDER" if any(folder.iterdir()) else data
+        raise UserError(f"data.path={data}: no manifest.json in it; {pack}{out}")
     if recipe.loss.feature and teacher.path and "://" not in teacher.path and not Path(teacher.path).exists():
         raise UserError(f"teacher.path={teacher.path}: no such file; give the file of the teacher's weights")
 
@@ -218,6 +230,12 @@ def _report_failure(failed: list[Status], jobs: Path, job: str, took: str) -> in
         return 1
     first = failed[0]
     log = jobs / f"{job}_{first.rank}_log.out"
+    if first.code == USER_ERROR and (told := _told(log)):
+        # The rank has said in one line what is to be done; what rank 0 said has been printed.
+        if told != _told(jobs / f"{job}_0_log.out"):
+            print(f"{told} (rank {first.rank})", file=sys.stderr)
+        print(f"stopped {took}; log: {log}", flush=True)
+        return USER_ERROR
     if first.rank and not any(s.rank == 0 and s.code == first.code for s in failed):
         print(f"--- the last lines of rank {first.rank}:")
         with contextlib.suppress(OSError):
@@ -233,8 +251,16 @@ def _report_failure(failed: list[Status], jobs: Path, job: str, took: str) -> in
     return code
 
 
+def _told(log: Path) -> str:
+    """The error that a rank ended its log with; empty if it did not."""
+    with contextlib.suppress(OSError):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR)]
+        return lines[-1] if lines else ""
+    return ""
+
+
 class Tail:
-    """Prints what has been added to a file that others write."""
+    """Prints what has been added to a file that others write; what is an error there goes to stderr."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -247,8 +273,10 @@ class Tail:
             file.seek(self._position)
             if new := file.read():
                 self._position += len(new)
-                sys.stdout.write(self._decode(new))
-                sys.stdout.flush()
+                for line in self._decode(new).splitlines(keepends=True):
+                    stream = sys.stderr if line.startswith(ERROR) else sys.stdout
+                    stream.write(line)
+                    stream.flush()
 
 
 class Stop:

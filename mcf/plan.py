@@ -227,9 +227,10 @@ def _samples(recipe: Recipe, counted: int | None) -> int:
         )
     samples = counted if counted is not None else stated
     if samples is None:
+        where = f" (no manifest.json in data.path={recipe.data.path})" if recipe.data.path else ""
         raise UserError(
-            "the size of the data set is not known; give data.path=FOLDER that mcf.pack wrote, or data.samples=NUMBER to "
-            "plan without it"
+            f"the size of the data set is not known{where}; give data.path=FOLDER that mcf.pack wrote, or "
+            "data.samples=NUMBER to plan without it"
         )
     if samples < recipe.batch:
         raise UserError(

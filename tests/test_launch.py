@@ -31,6 +31,9 @@ facts = {n: os.environ.get(n) for n in names} | {"mcf": mcf.__file__, "cwd": os.
 (run / f"facts{rank}.json").write_text(json.dumps(facts))
 role = json.loads((run.parent / "roles.json").read_text())[rank]
 print(f"stub {rank} is here: {role}", flush=True)
+if role.startswith("refuse"):
+    print("error: what is wrong with rank", rank if role == "refuse alone" else "all", file=sys.stderr, flush=True)
+    sys.exit(2)
 if role == "fail":
     print("stub: a reason", file=sys.stderr, flush=True)
     sys.exit(3)
@@ -232,6 +235,22 @@ def test_the_status_of_a_failed_rank_is_that_of_the_launch_and_its_words_are_sho
     place.wait_until_gone()
 
 
+@pytest.mark.parametrize(
+    ("roles", "line"),
+    [
+        (("refuse", "refuse"), "error: what is wrong with rank all\n"),
+        (("refuse alone", "deaf"), "error: what is wrong with rank 0\n"),
+        (("deaf", "refuse alone"), "error: what is wrong with rank 1 (rank 1)\n"),
+    ],
+)
+def test_what_a_rank_refuses_is_the_one_line_of_the_launch(place, roles, line):
+    status, out, err = place.launch(roles=roles)
+    assert status == 2
+    assert err == line
+    assert "error:" not in out
+    place.wait_until_gone()
+
+
 def test_a_rank_whose_watcher_is_killed_does_not_go_unnoticed(place):
     process = place.start(roles=("deaf", "deaf"))
     place.wait_until_running()
@@ -358,6 +377,10 @@ def inside(place, monkeypatch):
     [
         (["nodes=2", "data.streams=16"], ["nodes=2 with mode=local", "use nodes=1", "mode=slurm"]),
         (["data.path=nowhere", "data.samples=1200"], ["nowhere: no such folder", "python -m mcf.pack"]),
+        (["data.path=nowhere"], ["nowhere: no such folder", "python -m mcf.pack"]),
+        (["data.path=nowhere", "mode=print"], ["no manifest.json in", "nowhere", "data.samples=NUMBER"]),
+        (["data.path=stub.py"], ["stub.py is a file", "python -m mcf.pack"]),
+        (["batch=1600", "data.streams=16"], ["1200 samples, fewer than batch=1600"]),
         (["data.path=runs", "data.samples=1200"], ["no manifest.json in it", "python -m mcf.pack"]),
         (["data.path=null", "data.samples=1200"], ["data.path is not set"]),
         (["data.samples=1000"], ["data.samples=1000", "holds 1200"]),

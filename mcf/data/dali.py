@@ -205,6 +205,6 @@ def _absurd(size: tuple[int, int] | None) -> str | None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of DALI's message that says what failed."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line.rstrip(" :") for line in lines if "decode" in line and "operator" not in line), "does not decode")
+    """What DALI's message says after the operator and the Python lines that made it."""
+    said = re.search(r"encountered:\s*(.+)", str(error))
+    return "does not decode" + (f" ({said[1].strip()})" if said else "")

@@ -74,7 +74,8 @@ class Loader:
     the other ranks of the machine as LOCAL_WORLD_SIZE counts them.
 
     Raises UserError for a folder that is not what it should be, for numbers that do not fit each other, and, out of
-    `next()`, when the share of bad samples (of those this iteration has seen, at least 100) is over data.max_bad.
+    `next()`, when the share of bad samples (distinct ones, of those this iteration has seen, at least 100) is over
+    data.max_bad.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class _Producer:
         self.loader, self.bad = loader, bad
         self.decoder = loader.decoder
         self.seen = 0
-        self.bad_seen = 0
+        self.bad_seen: set[tuple[int, int]] = set()  # (shard, row)
         self.recent: deque[str] = deque(maxlen=_NAMED)
         self.undecodable: dict[tuple[int, int], str] = {}  # (shard, row) → reason: not tried again in later epochs
         self.ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=loader.data.prefetch)
@@ -260,17 +261,18 @@ class _Producer:
         raise UserError(f"{name}: {stored.key} is unreadable ({reason}) and so is all around it; restore the shard")
 
     def _refuse_too_many(self, samples: list[Sample], reasons: dict[int, str]) -> None:
-        """Count bad samples against data.max_bad."""
+        """Hold the share of bad samples against data.max_bad; one that comes up in every epoch is one bad sample."""
         if not reasons:
             return
         shards = self.loader.manifest.shards
         for i, reason in reasons.items():
             self.recent.append(f"{samples[i].stored.key} in {shards[samples[i].stored.shard].name} ({reason})")
-        self.bad_seen += len(reasons)
+        self.bad_seen |= {(samples[i].stored.shard, samples[i].stored.row) for i in reasons}
         limit = self.loader.data.max_bad
-        if self.bad_seen > limit * max(self.seen, 100):
+        seen = min(self.seen, self.loader.manifest.samples)
+        if len(self.bad_seen) > limit * max(seen, 100):
             raise UserError(
-                f"{self.bad_seen} of {self.seen} samples could not be read, more than data.max_bad={limit} allows; "
+                f"{len(self.bad_seen)} of {seen} samples could not be read, more than data.max_bad={limit:g} allows; "
                 f"the last: {', '.join(self.recent)}; mend the folder, or raise data.max_bad"
             )
 

@@ -27,6 +27,7 @@ import numpy as np
 from mcf.errors import UserError
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".packing"  # folder of an output whose packing has not ended
 FORMAT = 1
 
 
@@ -70,11 +71,10 @@ class Manifest:
         try:
             rows = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: unreadable index ({error}); pack the folder again, or restore the file") from None
+            raise UserError(f"{path}: unreadable index ({error}); {_restore(self.path)}") from None
         if len(rows) != self.shards[shard].samples:
             raise UserError(
-                f"{path}: {len(rows)} samples, {MANIFEST} says {self.shards[shard].samples}; "
-                "pack the folder again, or restore the file"
+                f"{path}: {len(rows)} samples, {MANIFEST} says {self.shards[shard].samples}; {_restore(self.path)}"
             )
         return rows
 
@@ -90,17 +90,25 @@ def load_manifest(path: str | Path, *, check: bool = True) -> Manifest:
     Raises UserError if the folder is missing, empty, not packed, or does not fit its manifest (a truncated tar).
     """
     folder = Path(path)
-    remedy = "pack images with: python -m mcf.pack source=IMAGES out=" + str(folder)
+    pack = "pack images with: python -m mcf.pack source=IMAGES out="
+    if not folder.exists():
+        raise UserError(f"data.path={folder}: no such folder; {pack}{folder}")
     if not folder.is_dir():
-        raise UserError(f"data.path={folder}: no such folder; {remedy}")
+        raise UserError(f"data.path={folder} is a file; give the folder that mcf.pack wrote, or {pack}FOLDER")
     file = folder / MANIFEST
     if not file.exists():
-        what = "the folder is empty" if not any(folder.iterdir()) else f"no {MANIFEST} in it"
-        raise UserError(f"data.path={folder}: {what}; {remedy}")
+        if (folder / UNFINISHED).is_dir():
+            raise UserError(f"data.path={folder}: packing has not ended; give the same mcf.pack command again")
+        if any(folder.iterdir()):
+            raise UserError(f"data.path={folder}: no {MANIFEST} in it, so mcf.pack did not write it; {pack}NEW_FOLDER")
+        raise UserError(f"data.path={folder}: the folder is empty; {pack}{folder}")
+    remedy = _restore(folder)
     try:
         content = json.loads(file.read_text())
         shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in content["shards"])
         version = content["format"]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged manifest ({error!r}); {remedy}") from None
     if version != FORMAT:
@@ -118,13 +126,17 @@ def _hold_against_files(manifest: Manifest) -> None:
         tar = manifest.path / shard.name
         for file in (tar, index_path(tar)):
             if not file.exists():
-                raise UserError(f"{file}: named by {MANIFEST} but not there; restore it or pack the folder again")
+                raise UserError(f"{file}: named by {MANIFEST} but not there; {_restore(manifest.path)}")
         size = tar.stat().st_size
         if size != shard.bytes:
             raise UserError(
-                f"{tar}: {size} bytes, {MANIFEST} says {shard.bytes} (truncated or changed); "
-                "restore it or pack the folder again"
+                f"{tar}: {size} bytes, {MANIFEST} says {shard.bytes} (truncated or changed); {_restore(manifest.path)}"
             )
+
+
+def _restore(folder: Path) -> str:
+    """The remedy for damage. Packing is reproducible: what is packed again the same way is the same data to a run."""
+    return f"restore it, or delete {folder} and pack it again: python -m mcf.pack source=IMAGES out={folder}"
 
 
 def verify(manifest: Manifest) -> None:
@@ -137,11 +149,11 @@ def verify(manifest: Manifest) -> None:
         with tar.open("rb") as file:
             digest = _sha256(file)
         if digest != shard.sha256:
-            raise UserError(f"{tar}: its checksum is not the one in {MANIFEST}; restore it or pack the folder again")
+            raise UserError(f"{tar}: its checksum is not the one in {MANIFEST}; {_restore(manifest.path)}")
         with tarfile.open(tar) as content:
             found = [(m.offset_data, m.size, m.name[:-4].encode()) for m in content if m.name.endswith(".jpg")]
         if found != [(int(offset), int(size), key) for offset, size, key in manifest.index(number)]:
-            raise UserError(f"{index_path(tar)}: does not fit its tar; restore it or pack the folder again")
+            raise UserError(f"{index_path(tar)}: does not fit its tar; {_restore(manifest.path)}")
 
 
 def write_manifest(path: str | Path, shards: list[Shard], meta: dict[str, Any]) -> Manifest:

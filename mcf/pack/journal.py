@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcf.data.shards import MANIFEST, Shard, index_path, load_manifest, write_atomically
+from mcf.data.shards import MANIFEST, UNFINISHED, Shard, index_path, load_manifest, write_atomically
 from mcf.errors import UserError
 from mcf.pack.report import Tally
 
@@ -41,7 +41,7 @@ class Journal:
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out = out
-        self._folder = out / ".packing"
+        self._folder = out / UNFINISHED
         self.records: list[Record] = []
         self.finished = False
         self._prepare()

@@ -19,6 +19,7 @@ from PIL import Image
 from mcf.config import DataConfig
 from mcf.data.dali import Decoder
 from mcf.data.loader import Loader
+from mcf.data.shards import Shard, ShardWriter, index_path, write_manifest
 from mcf.errors import UserError
 
 BATCH, STREAMS, WINDOW, SIZE = 16, 8, 6, 32
@@ -206,6 +207,16 @@ def test_too_many_bad_images_stop_the_run_and_are_named(folder):
     assert message.count(" in shard-00002.tar (") == 5
 
 
+def test_one_bad_image_stops_no_run_however_often_it_comes_up(folder, alone):
+    """116 samples, the default data.max_bad of 1 %: twice by position 120, three times by 336."""
+    key = alone[7 * BATCH + 8][0]
+    damage(folder, int(key[1]), int(key[3:]), truncate)
+    loader = make(folder)
+    assert same({p: v for p, v in read(loader, 21 * BATCH).items() if v[0] != key},
+                {p: v for p, v in read(make(folder, max_bad=1), 21 * BATCH).items() if v[0] != key})  # fmt: skip
+    assert [bad.key for bad in loader.take_bad() if bad.position < 21 * BATCH] == [key] * 3
+
+
 def test_a_shard_deleted_while_running(folder):
     loader = make(folder, max_bad=0.01)
     batches = iter(loader)
@@ -358,3 +369,52 @@ sys.exit(3)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (3, "")
+
+
+# ------------------------------------------------------------------------------------------------------------- scale
+
+
+@pytest.fixture
+def twenty_millions(tmp_path):
+    """A folder of 2,000 shards of 10,000 samples each. One tar is written; the others are further names of it."""
+    folder = tmp_path / "twenty"
+    folder.mkdir()
+    jpegs = [make_jpeg(number) for number in range(8)]
+    with ShardWriter(folder / "shard-00000.tar") as writer:
+        for row in range(10_000):
+            writer.add(f"r{row}", jpegs[row % 8])
+        first = writer.close()
+    for number in range(1, 2000):
+        tar = folder / f"shard-{number:05d}.tar"
+        tar.hardlink_to(folder / first.name)
+        index_path(tar).hardlink_to(index_path(folder / first.name))
+    shards = [Shard(f"shard-{number:05d}.tar", 10_000, first.bytes, first.sha256) for number in range(2000)]
+    write_manifest(folder, shards, {})
+    return folder
+
+
+def test_the_first_batch_of_twenty_million_samples_comes_as_soon_after_a_restart(twenty_millions, record_property):
+    """Issue 2: time to the first batch does not grow with the position. One rank of 8 of the faithful run."""
+    batch = 4096
+
+    def seconds(start: int) -> float:
+        began = time.perf_counter()
+        settings = {"batch": batch, "micro_batch": 64, "streams": 512, "window": 256, "threads": 1}
+        loader = make(twenty_millions, rank=3, world_size=8, start=start, **settings)
+        given = next(iter(loader))
+        took = time.perf_counter() - began
+        loader.close()
+        assert given.positions.tolist() == list(range(start + 3, start + 3 + 8 * 64, 8))
+        return took
+
+    starts = {"start": 0, "far": 4639 * batch, "later epoch": 3 * 4882 * batch + 4639 * batch}
+    seconds(0)  # files into the cache, DALI's own start
+    # The quickest of three: what else the machine does only ever adds.
+    took = {name: min(seconds(start) for _ in range(3)) for name, start in starts.items()}
+    for name, value in took.items():
+        record_property(name, value)
+    # A first batch costs the manifest's 4,000 looks at files and 64 windows of 256 samples, wherever it is. Skipping
+    # to 19 million sample by sample would take at least 19 s (a microsecond each). Twice leaves room for a busy machine.
+    assert took["far"] < 2 * took["start"] + 0.5, took
+    assert took["later epoch"] < 2 * took["start"] + 0.5, took
+    assert max(took.values()) < 10, took

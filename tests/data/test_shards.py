@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from mcf.data.shards import MANIFEST, Shard, ShardWriter, index_path, load_manifest, verify, write_manifest
+from mcf.data.shards import MANIFEST, UNFINISHED, Shard, ShardWriter, index_path, load_manifest, verify, write_manifest
 from mcf.errors import UserError
 
 SAMPLES = [("first-1", b"\xff\xd8one"), ("second_2", b"\xff\xd8" + bytes(700)), ("third", b"\xff\xd8three")]
@@ -66,7 +66,12 @@ def test_folders_that_are_not_packed(tmp_path):
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "the folder is empty" in refused(tmp_path)
     (tmp_path / "x").write_text("x")
+    # The remedy can be typed: mcf.pack writes into no folder that holds something else.
     assert f"no {MANIFEST}" in refused(tmp_path)
+    assert "out=NEW_FOLDER" in refused(tmp_path)
+    assert "is a file" in refused(tmp_path / "x")
+    (tmp_path / UNFINISHED).mkdir()
+    assert "packing has not ended" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "shards": [{"name": "a"}]}', '{"shards": []}'])

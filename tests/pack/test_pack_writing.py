@@ -352,6 +352,16 @@ def test_the_check_at_every_start_sees_a_truncated_tar_and_verify_sees_a_changed
     assert main([f"out={out}", "verify=true"]) == 0
 
 
+def test_the_remedy_for_damage_gives_the_same_data_again(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    before = pack(options(source, out)).fingerprint
+    (out / "shard-00001.index.npy").unlink()
+    assert main([f"source={source}", f"out={out}"]) == 2
+    assert f"delete {out} and pack it again" in capsys.readouterr().err
+    shutil.rmtree(out)
+    assert pack(options(source, out)).fingerprint == before
+
+
 def test_the_command_line_packs_and_refuses(source, tmp_path, capsys):
     assert main([f"source={source}", f"out={tmp_path / 'out'}", "crop=square", "size=48", "workers=1"]) == 0
     said = capsys.readouterr().out
