@@ -393,7 +393,7 @@ def twenty_millions(tmp_path):
     return folder
 
 
-def test_the_first_batch_of_twenty_million_samples_comes_as_soon_after_a_restart(twenty_millions, record_property):
+def test_the_first_batch_of_twenty_million_samples_comes_as_soon_after_a_restart(twenty_millions):
     """Issue 2: time to the first batch does not grow with the position. One rank of 8 of the faithful run."""
     batch = 4096
 
@@ -411,10 +411,7 @@ def test_the_first_batch_of_twenty_million_samples_comes_as_soon_after_a_restart
     seconds(0)  # files into the cache, DALI's own start
     # The quickest of three: what else the machine does only ever adds.
     took = {name: min(seconds(start) for _ in range(3)) for name, start in starts.items()}
-    for name, value in took.items():
-        record_property(name, value)
     # A first batch costs the manifest's 4,000 looks at files and 64 windows of 256 samples, wherever it is. Skipping
-    # to 19 million sample by sample would take at least 19 s (a microsecond each). Twice leaves room for a busy machine.
-    assert took["far"] < 2 * took["start"] + 0.5, took
-    assert took["later epoch"] < 2 * took["start"] + 0.5, took
-    assert max(took.values()) < 10, took
+    # to 19 million sample by sample would take many seconds. Twice and 0.3 s leave room for a busy machine.
+    assert max(took["far"], took["later epoch"]) < 2 * took["start"] + 0.3, took
+    assert max(took.values()) < 5, took  # 0.14 s on two idle cores
