@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -156,7 +157,7 @@ class OptimizerConfig(Section):
     lr: float | None = Field(None, gt=0, description="learning rate itself, instead of blr")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the half-cosine")
     warmup_epochs: float = Field(1.0, ge=0, description="length of the linear warm-up, epochs")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's β")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's β")
     eps: float = Field(1e-8, gt=0, description="AdamW's ε")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay; none on biases and 1-D parameters")
 
@@ -166,7 +167,8 @@ class DataConfig(Section):
 
     path: str | None = Field(None, description="folder that mcf.pack wrote (shards, index, manifest.json)")
     samples: Positive | None = Field(
-        None, description="samples in the folder, for plans made where the folder is not; checked against the manifest"
+        None,
+        description="samples of an epoch, for plans made where the folder is not; where it is, its manifest counts",
     )
     streams: Positive = Field(
         512, description="logical streams C the data set is read as; C divides batch, ranks divide C"
@@ -255,7 +257,7 @@ class Recipe(Section):
         "mcf", description="name of the run; its directory is output/name", pattern=r"^[A-Za-z0-9][\w.+-]*$"
     )
     output: str = Field("runs", description="folder of run directories")
-    seed: NonNegative = Field(0, description="seed of weights, data order, masks and flips")
+    seed: NonNegative = Field(0, lt=2**64, description="seed of weights, data order, masks and flips")
     batch: Positive = Field(4096, description="effective batch: samples of an optimiser step over all ranks")
     micro_batch: Positive = Field(
         64,
@@ -286,6 +288,11 @@ class Recipe(Section):
     def world_size(self) -> int:
         """Number of ranks."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def visible_patches(self) -> int:
+        """Number of patches that a mask keeps, int(L·(1−ratio)), of each image."""
+        return int(self.model.patches * (1 - self.mask.ratio))
 
     @property
     def local_batch(self) -> int:

@@ -169,7 +169,7 @@ def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
         samples: in the data set, if it could be counted; else data.samples is believed.
 
     Raises:
-        UserError: the size of the data set is not known, differs from data.samples, or is under one batch; or the
+        UserError: the size of the data set is not known, or under one batch; or the
             warm-up is as long as the run.
     """
     samples = _samples(recipe, samples)
@@ -215,17 +215,12 @@ def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
         checkpoint_every=check.every,
         metric_records=-(-steps // recipe.train.log_every),
         pictures=steps // recipe.track.images_every if recipe.track.images_every else 0,
-        notes=tuple(_notes(recipe)),
+        notes=tuple(_notes(recipe, samples)),
     )
 
 
 def _samples(recipe: Recipe, counted: int | None) -> int:
-    stated = recipe.data.samples
-    if counted is not None and stated is not None and counted != stated:
-        raise UserError(
-            f"data.samples={stated}, but {recipe.data.path} holds {counted} samples; correct data.samples, or set it to null"
-        )
-    samples = counted if counted is not None else stated
+    samples = counted if counted is not None else recipe.data.samples
     if samples is None:
         where = f" (no manifest.json in data.path={recipe.data.path})" if recipe.data.path else ""
         raise UserError(
@@ -240,8 +235,10 @@ def _samples(recipe: Recipe, counted: int | None) -> int:
     return samples
 
 
-def _notes(recipe: Recipe) -> list[str]:
+def _notes(recipe: Recipe, samples: int) -> list[str]:
     notes = []
+    if recipe.data.samples not in (None, samples):
+        notes.append(f"the data folder has {samples:,} samples, the recipe speaks of {recipe.data.samples:,}")
     if recipe.local_batch < recipe.micro_batch:
         notes.append(
             f"{recipe.world_size} ranks of micro_batch={recipe.micro_batch} would be more than the batch: "
@@ -310,7 +307,7 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
     return Memory(
         weights=weights + (2 * p if bf16 else 0),
         optimizer=optimizer,
-        momentum=2 * parameters.momentum * FLOAT if recipe.loss.contrast else 0,
+        momentum=2 * parameters.momentum * FLOAT,
         teacher=parameters.teacher * (2 if bf16 else FLOAT),
         activations=recipe.local_batch * _activations(recipe),
         images=image * (recipe.local_batch * (recipe.data.prefetch + 1) + held),
@@ -321,11 +318,10 @@ def _activations(recipe: Recipe) -> int:
     """Bytes that one sample's forward keeps for backward, with an attention that keeps no scores."""
     model, teacher = recipe.model, recipe.teacher
     size = 2 if recipe.train.precision == "bf16" else FLOAT
-    visible = 1 + int(model.patches * (1 - recipe.mask.ratio))
+    visible = 1 + recipe.visible_patches
     per_sample = visible * model.depth * model.width * _per_channel(size, model.mlp_ratio)
-    if recipe.loss.feature or recipe.loss.pixel:
-        decoder = model.decoder
-        per_sample += (1 + model.patches) * decoder.depth * decoder.width * _per_channel(size, model.mlp_ratio)
+    decoder = model.decoder
+    per_sample += (1 + model.patches) * decoder.depth * decoder.width * _per_channel(size, model.mlp_ratio)
     if recipe.loss.feature:
         tokens = 1 + (model.image_size // teacher.patch_size) ** 2
         deepest = min(teacher.depth, max(teacher.taps) + 1)

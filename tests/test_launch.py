@@ -383,7 +383,6 @@ def inside(place, monkeypatch):
         (["batch=1600", "data.streams=16"], ["1200 samples, fewer than batch=1600"]),
         (["data.path=runs", "data.samples=1200"], ["no manifest.json in it", "python -m mcf.pack"]),
         (["data.path=null", "data.samples=1200"], ["data.path is not set"]),
-        (["data.samples=1000"], ["data.samples=1000", "holds 1200"]),
         (["teacher.source=timm", "teacher.path=no.pth", "teacher.allow_random=false"], ["no.pth: no such file"]),
         (["output=driver.py"], ["cannot be made"]),
         (["mode=slurm"], ["sbatch and srun are not on this machine", "mode=local"]),

@@ -92,8 +92,9 @@ def test_the_size_of_the_data_set():
     with pytest.raises(UserError, match=r"not known.*data.samples=NUMBER"):
         plan("recipe=demo")
     assert plan("recipe=demo", "data.samples=128").samples == 128
-    with pytest.raises(UserError, match=r"data.samples=128, but demo/shards holds 130"):
-        plan("recipe=demo", "data.samples=128", samples=130)
+    p = plan("recipe=demo", "data.samples=128", samples=130)
+    assert p.samples == 130
+    assert "the data folder has 130 samples, the recipe speaks of 128" in str(p)
     with pytest.raises(UserError, match=r"63 samples, fewer than batch=64"):
         plan("recipe=demo", samples=63)
 
@@ -137,6 +138,14 @@ def test_state_by_zero_stage():
     # Parameters, gradients, two moments: 16 bytes. Split, DeepSpeed keeps a master copy of its slice beside them.
     assert [state(stage, 1) for stage in range(4)] == pytest.approx([16, 20, 20, 20], rel=1e-6)
     assert [state(stage, 4) for stage in range(4)] == pytest.approx([16, 8 + 12 / 4, 4 + 16 / 4, 20 / 4], rel=1e-6)
+
+
+def test_the_momentum_branch_and_its_snapshot_are_always_there():
+    """Also where nothing is contrasted: the training loop makes keys whatever their weight."""
+    for argv in ([], ["loss.contrast=0"]):
+        recipe = cli.load_recipe(["recipe=demo", *argv])
+        parameters = count_parameters(recipe)
+        assert estimate_memory(recipe, parameters).momentum == 2 * 4 * parameters.momentum
 
 
 def test_parameters_of_known_models():
@@ -196,7 +205,9 @@ def test_checkpoint_is_as_large_as_its_tensors():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "extra", [[], ["model.image_size=224", "model.width=384", "model.heads=6"]], ids=["small", "wide"]
+    "extra",
+    [[], ["model.image_size=224", "model.width=384", "model.heads=6"], ["loss.feature=0", "loss.pixel=0"]],
+    ids=["small", "wide", "contrast alone"],
 )
 def test_activations_are_what_autograd_keeps(precision, extra):
     """Every tensor that autograd saves in a real forward pass is counted, parameters aside."""

@@ -96,11 +96,6 @@ class Loader:
         if data.path is None:
             raise UserError("data.path is not set; give the folder that mcf.pack wrote: data.path=FOLDER")
         self.manifest = load_manifest(data.path)
-        if data.samples not in (None, self.manifest.samples):
-            raise UserError(
-                f"data.samples={data.samples}, but {data.path} has {self.manifest.samples}; "
-                f"set data.samples={self.manifest.samples} or leave it out"
-            )
         self.order = Order(self.manifest.counts, batch=batch, streams=data.streams, window=data.window, seed=seed)
         _check_ranks(batch, micro_batch, data.streams, world_size)
         if start % batch:

@@ -255,7 +255,6 @@ def test_a_truncated_tar_is_refused_at_the_start(folder):
         ({"world_size": 3}, ("3 ranks", "data.streams=8")),
         ({"micro_batch": 3}, ("micro_batch=3", "divisor of 16")),
         ({"start": 8}, ("start=8", "batch=16")),
-        ({"samples": 115}, ("data.samples=115", "116")),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(folder, settings, words):
