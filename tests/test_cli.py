@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from mcf import cli
+from mcf import cli, settings
 from mcf.config import Recipe, Section
 from mcf.errors import UserError
 
@@ -79,7 +79,7 @@ def test_every_float_comes_back_from_the_command_line_and_from_a_dump(value):
     argument = f"optimizer.eps={cli.render(value)}"
     read = cli.parse(Recipe, [argument], verb="x")
     assert read.optimizer.eps == value
-    assert yaml.load(cli.dump(read), Loader=cli._Loader)["optimizer"]["eps"] == value
+    assert yaml.load(cli.dump(read), Loader=settings._Loader)["optimizer"]["eps"] == value
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
