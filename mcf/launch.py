@@ -9,7 +9,6 @@ Imports neither torch nor anything that does: a login node answers at once.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import json
 import os
@@ -19,10 +18,8 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -30,19 +27,17 @@ from pydantic import Field
 from mcf import cli, snapshot
 from mcf.config import Recipe, Section
 from mcf.errors import UserError, missing_package
+from mcf.follow import Stop, follow
 from mcf.lock import RunLock
 from mcf.plan import make_plan
-from mcf.task import Rank, Status, kill_group, read_statuses
+from mcf.task import Rank
 
 if TYPE_CHECKING:
-    from submitit import Job, SlurmExecutor
+    from submitit import SlurmExecutor
 
 TRAIN = (sys.executable, "-u", "-m", "mcf.train")
 RECIPE = "recipe.yaml"
 JOBS = "jobs"
-ERROR = "error: "  # how a verb begins the one line of a user's mistake, with which it ends with status 2
-USER_ERROR = 2
-POLL = 0.1  # seconds between two looks at a local job
 YEAR = 366 * 24 * 60  # minutes: a local job has no time limit, but submitit wants one
 
 
@@ -201,128 +196,6 @@ def run_here(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
             job = executor.submit(task)
         lock.add(pid=int(job.job_id))
         return follow(job, jobs, run_dir, stop)
-
-
-def follow(job: Job[None], jobs: Path, run_dir: Path, stop: Stop) -> int:
-    """Print rank 0's output until the job ends or has been stopped; the exit status of the run."""
-    started = time.monotonic()
-    tail = Tail(Path(job.paths.stdout))
-    while not job.done():
-        tail.print_new()
-        stop.insist(str(job.job_id))
-        time.sleep(POLL)
-    tail.print_new()
-    statuses = read_statuses(jobs, str(job.job_id))
-    took = f"after {time.monotonic() - started:.0f} s"
-    failed = [s for s in statuses if s.code != 0 and s.because is None]
-    if stop.asked:
-        print(f"stopped {took}; launch again to go on: {run_dir}", flush=True)
-        return 130
-    if not failed and statuses:
-        print(f"ended {took}: {run_dir}", flush=True)
-        return 0
-    return _report_failure(sorted(failed, key=lambda s: s.ended or float("inf")), jobs, str(job.job_id), took)
-
-
-def _report_failure(failed: list[Status], jobs: Path, job: str, took: str) -> int:
-    if not failed:
-        print(f"error: the ranks did not start ({took}); see {jobs}", file=sys.stderr)
-        return 1
-    first = failed[0]
-    log = jobs / f"{job}_{first.rank}_log.out"
-    if first.code == USER_ERROR and (told := _told(log)):
-        # The rank has said in one line what is to be done; what rank 0 said has been printed.
-        if told != _told(jobs / f"{job}_0_log.out"):
-            print(f"{told} (rank {first.rank})", file=sys.stderr)
-        print(f"stopped {took}; log: {log}", flush=True)
-        return USER_ERROR
-    if first.rank and not any(s.rank == 0 and s.code == first.code for s in failed):
-        print(f"--- the last lines of rank {first.rank}:")
-        with contextlib.suppress(OSError):
-            print("\n".join(log.read_text(errors="replace").splitlines()[-20:]))
-    if first.code is None:
-        how, code = "vanished without a word (its processes were killed)", 1
-    elif first.code < 0:
-        name = signal.Signals(-first.code).name
-        how, code = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), 128 - first.code
-    else:
-        how, code = f"ended with status {first.code}", first.code
-    print(f"error: rank {first.rank} {how} {took}; its log: {log}", file=sys.stderr, flush=True)
-    return code
-
-
-def _told(log: Path) -> str:
-    """The error that a rank ended its log with; empty if it did not."""
-    with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR)]
-        return lines[-1] if lines else ""
-    return ""
-
-
-class Tail:
-    """Prints what has been added to a file that others write; what is an error there goes to stderr."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._position = 0
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-
-    def print_new(self) -> None:
-        """Print what is new."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            file.seek(self._position)
-            if new := file.read():
-                self._position += len(new)
-                for line in self._decode(new).splitlines(keepends=True):
-                    stream = sys.stderr if line.startswith(ERROR) else sys.stdout
-                    stream.write(line)
-                    stream.flush()
-
-
-class Stop:
-    """Turns ctrl-C, SIGTERM and SIGHUP into an orderly end of a local job.
-
-    The ranks are told to save and end; a second signal, or `patience` seconds without an end, kills them.
-    """
-
-    def __init__(self, jobs: Path, patience: float):
-        self.jobs, self.patience = jobs, patience
-        self.asked = 0
-        self._since = 0.0
-        self._killed = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked += 1
-
-    def insist(self, job: str) -> None:
-        """Carry out what has been asked for; to be called again and again."""
-        if not self.asked:
-            return
-        if not self._since:
-            self._since = time.monotonic()
-            print("\nstopping: the run saves a checkpoint and ends; ctrl-C again ends it at once", flush=True)
-        if self.asked > 1 or time.monotonic() - self._since > self.patience:
-            if not self._killed:
-                print(
-                    "killing all ranks; the run goes on from its last checkpoint when it is launched again", flush=True
-                )
-            self._killed = True
-            for status in read_statuses(self.jobs, job):
-                if status.code is None and status.child:
-                    kill_group(status.child)
-        # The job's number is its controller's, which passes it on; again and again, since one may come too early.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(job), signal.SIGTERM)
 
 
 def _free_port() -> int:

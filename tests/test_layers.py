@@ -35,8 +35,9 @@ ARROWS = {
     "mcf.snapshot": {"mcf.errors"},
     "mcf.lock": {"mcf.errors"},
     "mcf.task": {"mcf.errors"},
+    "mcf.follow": {"mcf.task", "mcf.track.console"},
     "mcf.launch": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task", "mcf.follow",
     },
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
@@ -71,7 +72,7 @@ ARROWS = {
 }  # fmt: skip
 NEVER = {"torchvision", "timm"}
 LIGHT = (
-    "mcf.launch", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
+    "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
     "mcf.snapshot", "mcf.track.console", "mcf.pack.options",
 )  # fmt: skip
 
