@@ -89,7 +89,10 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """Progress and recipe (as plain values) of a checkpoint."""
     content = json.loads((folder / RUN).read_text())
     if content.get("format") != FORMAT:
-        raise UserError(f"{folder / RUN}: format {content.get('format')}, this version reads {FORMAT}")
+        raise UserError(
+            f"{folder / RUN}: format {content.get('format')}, this version reads {FORMAT}; go on with the version of mcf "
+            "that wrote it, or start under another name=…"
+        )
     return Progress(**content["progress"]), content["recipe"]
 
 

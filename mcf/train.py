@@ -46,7 +46,9 @@ class Training:
             # Before anything is built: a checkpoint of another run is refused at once.
             self.progress = state.check_same_run(found, recipe, self.manifest.fingerprint)
 
-        teacher = load_teacher(recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention)
+        teacher = load_teacher(
+            recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention, seed=recipe.seed
+        )
         self.step = Step(recipe, self.plan, teacher, world)
         self.resumed = found is not None
         if found is not None:
@@ -70,7 +72,10 @@ class Training:
         )
 
     def run(self, stop: StopSignal) -> bool:
-        """Train until the recipe's last step; False if told to stop before it. Saves in both cases. Collective."""
+        """Train until the recipe's last step; False if told to stop before it. Saves in both cases. Collective.
+
+        Raises UserError if that last save fails: it is the outcome of the run.
+        """
         recipe, plan, progress = self.recipe, self.plan, self.progress
         last = min(plan.steps, progress.step + (recipe.train.stop_after or plan.steps))
         batches = self.meters.timed(iter(self.loader))
@@ -83,6 +88,7 @@ class Training:
             start=progress.step,
         ) as tracker:
             tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
+            stopping, failure = False, None
             while progress.step < last:
                 outcome = self.step(progress.step, batches)
                 progress.step += 1
@@ -98,9 +104,11 @@ class Training:
                 if stopping or self._due(recipe.track.images_every):
                     self._picture(tracker, outcome)
                 if stopping or self._due(recipe.checkpoint.every):
-                    self._save(tracker)
+                    failure = self._save(tracker)
                 if stopping:
                     break
+            if stopping and failure:
+                raise UserError(f"{failure}, then launch again: the run goes on from there")
             done = progress.step >= plan.steps
             tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
             tracker.close("finished" if done else "stopped")
@@ -120,8 +128,9 @@ class Training:
                 log.warning("no whole checkpoint is left in %s: the run starts again", self.run_dir)
         return distributed.broadcast(path)
 
-    def _save(self, tracker: Tracker) -> None:
-        """Save a checkpoint; a save that fails is told, and the run goes on."""
+    def _save(self, tracker: Tracker) -> str | None:
+        """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""
+        failed: str | None = None
         tensors = self.step.engine.state_dict()
         if self.world.is_main:
             step, keep = self.progress.step, self.recipe.checkpoint
@@ -132,9 +141,10 @@ class Training:
                     state.write(folder, self.recipe, self.progress, tensors, self.step.momentum.state_dict())
                 tracker.event("checkpoint", step=step)
             except checkpoint.SaveFailed as failure:
-                tracker.event("checkpoint_failed", message=str(failure), step=step)
+                failed = str(failure)
+                tracker.event("checkpoint_failed", message=failed, step=step)
         # Nobody runs ahead into the next collective's time limit while rank 0 writes.
-        distributed.barrier()
+        return distributed.broadcast(failed)
 
     def _log(self, tracker: Tracker) -> None:
         step = self.progress.step

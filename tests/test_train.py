@@ -181,7 +181,8 @@ def test_an_image_that_breaks_after_packing_is_named_and_the_run_goes_on(data, t
 
 
 def test_a_full_disk_loses_only_the_save(data, tmp_path):
-    """A real file system that is full: steps go on, the last whole checkpoint stands, the exit is clean."""
+    """A real file system that is full: steps go on, the last whole checkpoint stands. The result is not there, and the
+    exit says so; with space, the same launch ends the run."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], capture_output=True)
@@ -190,15 +191,21 @@ def test_a_full_disk_loses_only_the_save(data, tmp_path):
     try:
         run_dir = disk / "run"
         tiny.write_recipe(run_dir, tiny.recipe(run_dir, data, train__steps=12, checkpoint__keep=10))
-        assert tiny.run(run_dir, logs=tmp_path) == 0, tiny.said(tmp_path)
+        assert tiny.run(run_dir, logs=tmp_path) == 2, tiny.said(tmp_path)
         out = tiny.said(tmp_path)
+        assert "Traceback" not in out
+        assert [line for line in out.splitlines() if line.startswith("error: ")] == [out.splitlines()[-1]]
+        assert not events(run_dir, "finished")
         assert "No space left on device" in out
         assert "the last whole one stands, free some space" in out
         assert "step 12/12" in out
         whole = [p for p in checkpoint.steps(run_dir) if checkpoint.verify(p) is None]
         assert whole
         assert whole == checkpoint.steps(run_dir)
-        assert len(whole) < 3
+        assert 0 < len(whole) < 3
+        subprocess.run(["mount", "-o", "remount,size=40m", str(disk)], check=True)
+        assert tiny.run(run_dir, logs=tmp_path) == 0, tiny.said(tmp_path)
+        assert checkpoint.latest(run_dir).name == "step-00000012"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
