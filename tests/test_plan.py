@@ -80,7 +80,7 @@ def test_what_is_printed():
 
 
 def test_length_in_steps():
-    p = plan("recipe=demo", "train.steps=100", samples=640)
+    p = plan("recipe=demo", "train.steps=100", "optimizer.warmup_epochs=0.5", samples=640)
     assert (p.steps_per_epoch, p.steps, p.epochs, p.warmup_steps) == (10, 100, 10.0, 5.0)
 
 
@@ -101,7 +101,7 @@ def test_the_size_of_the_data_set():
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
     with pytest.raises(UserError, match=r"optimizer.warmup_epochs=0.5 are 5 steps, and the run has only 4"):
-        plan("recipe=demo", "train.steps=4", samples=640)
+        plan("recipe=demo", "train.steps=4", "optimizer.warmup_epochs=0.5", samples=640)
 
 
 # --- disk ---------------------------------------------------------------------------------------------------------
@@ -174,8 +174,9 @@ def build(recipe):
     vit = VisionTransformer(
         image_size=recipe.model.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads
     )
-    student = MCF(recipe.model)
-    teacher = Teacher(vit.state_dict(), heads=t.heads, taps=t.taps)
+    # The estimate is of an attention that keeps no scores.
+    student = MCF(recipe.model, attention="sdpa")
+    teacher = Teacher(vit.state_dict(), heads=t.heads, taps=t.taps, attention="sdpa")
     return student, MomentumBranch(student), Objective(recipe, teacher)
 
 
@@ -206,7 +207,11 @@ def test_checkpoint_is_as_large_as_its_tensors():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "extra",
-    [[], ["model.image_size=224", "model.width=384", "model.heads=6"], ["loss.feature=0", "loss.pixel=0"]],
+    [
+        [],
+        ["model.image_size=224", "model.patch_size=16", "teacher.patch_size=16", "model.width=384", "model.heads=6"],
+        ["loss.feature=0", "loss.pixel=0"],
+    ],
     ids=["small", "wide", "contrast alone"],
 )
 def test_activations_are_what_autograd_keeps(precision, extra):
