@@ -26,7 +26,7 @@ from mcf.data.loader import Batch
 from mcf.distributed import World
 from mcf.engine import Engine
 from mcf.models.mcf import Objective, build_student, dropped
-from mcf.models.momentum import MomentumBranch, Snapshot
+from mcf.models.momentum import MomentumBranch
 from mcf.models.teacher import Teacher
 from mcf.plan import Plan
 
@@ -57,8 +57,6 @@ class Step:
         self.momentum = MomentumBranch(student).to(world.device)
         self.objective = Objective(recipe, teacher).to(world.device)
         self.engine = Engine(student, recipe, accumulation=plan.accumulation, world=world)
-        # What forward passes move by themselves: running statistics of the heads' BatchNorm.
-        self.running = Snapshot(lambda: [b for head in (student.projector, student.predictor) for b in head.buffers()])
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
         """Step number `step` (from 0) on the next micro-batches. Collective."""
@@ -66,7 +64,6 @@ class Step:
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         m = self.momentum_at(step)
         self.momentum.snapshot()
-        self.running.take()
 
         per_chunk = 1 if self.recipe.contrast.scope == "micro_batch" else self.plan.accumulation
         for _ in range(self.plan.accumulation // per_chunk):
@@ -88,7 +85,6 @@ class Step:
         outcome.applied, outcome.grad_norm = result.applied, result.grad_norm
         if not result.applied:
             self.momentum.restore()
-            self.running.restore()
         elif self.recipe.momentum.update == "step":
             self.update_momentum(m)
         return outcome
@@ -146,7 +142,7 @@ class Masks:
         self.seed = recipe.seed
         self.mode = recipe.mask.momentum
         self.patches = recipe.model.patches
-        self.keep = int(self.patches * (1 - recipe.mask.ratio))
+        self.keep = recipe.visible_patches
 
     def of_encoder(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(ids_keep int64 [B, K], ids_restore int64 [B, L]) of mask A."""
