@@ -52,7 +52,7 @@ def _streams(r: Recipe) -> None:
 
 
 def _mask(r: Recipe) -> None:
-    if int(r.model.patches * (1 - r.mask.ratio)) < 1:
+    if r.visible_patches < 1:
         raise UserError(
             f"mask.ratio={r.mask.ratio} keeps none of the {r.model.patches} patches of a {r.model.image_size} pixel "
             f"image; use at most {1 - 1 / r.model.patches:.4g}"

@@ -36,8 +36,6 @@ from mcf.weights.reference import from_reference, theirs
 
 INPUTS = ("u8", "noise_online", "noise_target")
 OUTPUTS = ("pred", "mask", "q", "k", "mim", "con", "loss")
-MOMENTUM = 0.99
-MASK_RATIO = 0.75
 GRADIENT_FLOOR = 1e-3
 
 
@@ -156,11 +154,11 @@ def step(golden: Golden, before: dict[str, Tensor], rank: int, world: int) -> di
     recipe = recipe_of(golden)
     network, branch, objective = _build(golden, recipe, before)
     images = golden.tensors["u8"].permute(0, 2, 3, 1).contiguous()
-    keep = int(recipe.model.patches * (1 - MASK_RATIO))
+    keep = recipe.visible_patches
     ids_keep, ids_restore = rank_noise(golden.tensors["noise_online"], keep)
     mask = dropped(ids_restore, keep)
 
-    branch.update({**dict(network.named_parameters()), POSITIONS: network.encoder.pos_embed}, MOMENTUM)
+    branch.update({**dict(network.named_parameters()), POSITIONS: network.encoder.pos_embed}, recipe.momentum.value)
     k = branch(images, rank_noise(golden.tensors["noise_target"], keep)[0])
     keys = _gather(F.normalize(k, dim=1), world)
     pred, q = network(images, ids_keep, ids_restore)

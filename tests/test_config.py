@@ -241,6 +241,12 @@ def test_divisors():
     assert checks.divisors(97) == [1, 97]
 
 
+@pytest.mark.parametrize("key, good, bad", [("optimizer.betas", "[0.9,0.999]", "[0.9,1]"), ("seed", 2**64 - 1, 2**64)])
+def test_values_that_the_optimizer_or_the_generators_would_refuse(key, good, bad):
+    assert load(f"{key}={good}")
+    assert key in refusal(f"{key}={bad}")
+
+
 def test_a_recipe_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         load().batch = 3

@@ -136,7 +136,7 @@ class PlainMCF(nn.Module):
     def __init__(self, recipe: Recipe, teacher: tuple[int, int, int, int, int]):
         super().__init__()
         model, heads = recipe.model, recipe.model.projection
-        self.recipe, self.keep = recipe, int(model.patches * (1 - recipe.mask.ratio))
+        self.recipe, self.keep = recipe, recipe.visible_patches
         self.online_encoder = ViT(
             model.patches, model.patch_size, model.width, model.depth, model.heads, model.mlp_ratio
         )
