@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
@@ -34,6 +36,14 @@ print(f"stub {rank} is here: {role}", flush=True)
 if role.startswith("refuse"):
     print("error: what is wrong with rank", rank if role == "refuse alone" else "all", file=sys.stderr, flush=True)
     sys.exit(2)
+if role == "steps":
+    for step in range(1, 101):
+        numbers = "loss 7.312  feature 4.31e-6  contrast 2.998  lr 2.4e-3  grad 0.8100  23.3k img/s  wait 3%  ETA 3h12m"
+        print(f"step {step}/100 {step}.0%  {numbers}", flush=True)
+        if step == 50:
+            print("checkpoint: step=50 " + "/path" * 40, flush=True)
+        time.sleep(0.01)
+    sys.stdout.write("last words without an end")
 if role == "fail":
     print("stub: a reason", file=sys.stderr, flush=True)
     sys.exit(3)
@@ -73,10 +83,25 @@ class Place:
         fixed = ["recipe=demo", "name=r", "output=runs", "data.path=data", "micro_batch=16", "gpus_per_node=2"]
         return [*fixed, *([] if any(a.startswith("mode=") for a in extra) else ["mode=local"]), *extra]
 
+    def command(self, *extra: str) -> list[str]:
+        return [sys.executable, "driver.py", str(self.folder / "stub.py"), *self.arguments(*extra)]
+
+    def start_on_terminal(self, *extra: str, roles=("end", "end"), columns: int = 80) -> tuple[int, int]:
+        """Process number of a launch on a terminal of its own, and the terminal's other side."""
+        (self.folder / "runs" / "roles.json").write_text(json.dumps(roles))
+        pid, terminal = pty.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                os.chdir(self.folder)
+                os.environ |= {"TERM": "xterm", "COLUMNS": str(columns)}
+                os.execv(sys.executable, self.command(*extra))
+            os._exit(127)
+        return pid, terminal
+
     def start(self, *extra: str, roles=("end", "end"), **environment: str) -> subprocess.Popen:
         (self.folder / "runs" / "roles.json").write_text(json.dumps(roles))
         process = subprocess.Popen(
-            [sys.executable, "driver.py", str(self.folder / "stub.py"), *self.arguments(*extra)],
+            self.command(*extra),
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -333,6 +358,54 @@ def test_the_ranks_are_told_when_their_controller_dies(place):
     place.wait_until_gone()
     assert (place.run / "saved0").exists()
     assert (place.run / "saved1").exists()
+
+
+# --- on a terminal ------------------------------------------------------------------------------------------------
+
+
+def read_to_the_end(terminal: int) -> str:
+    """All that a terminal shows until the last process has left it."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: nobody holds it any more
+        while new := os.read(terminal, 1 << 16):
+            shown += new
+    os.close(terminal)
+    return shown.decode()
+
+
+def test_on_a_terminal_the_newest_step_is_a_live_line_and_the_log_has_every_line(place):
+    pid, terminal = place.start_on_terminal(roles=("steps", "steps"))
+    shown = read_to_the_end(terminal)
+    assert os.waitpid(pid, 0)[1] == 0
+    rows = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
+    live = [row for row in rows if "step " in row and "━" in row]
+    assert len(live) > 1  # it was there before the end
+    assert live[-1] == "━━━━━━━━━━ step 100/100 100.0%  loss 7.312  23.3k img/s  ETA 3h12m"
+    assert max(map(len, live)) <= 80
+    assert not any(row.startswith("step ") for row in rows)
+    assert rows.count("checkpoint: step=50 " + "/path" * 40) == 1
+    assert rows.count("last words without an end") == 1
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0  # a hidden cursor comes back
+
+    log = next((place.run / "jobs").glob("*_0_log.out")).read_text()
+    assert len(re.findall(r"^step \d+/100 .* ETA 3h12m$", log, re.MULTILINE)) == 100
+
+
+def test_an_error_on_a_terminal_is_the_last_line(place):
+    pid, terminal = place.start_on_terminal(roles=("refuse", "refuse"))
+    shown = read_to_the_end(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    assert "\r\nerror: what is wrong with rank all\r\n" in shown
+
+
+def test_a_terminal_that_is_closed_lets_the_ranks_save(place):
+    pid, terminal = place.start_on_terminal(roles=("wait", "wait"))
+    place.wait_until_running()
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert (place.run / "saved0").exists()
+    assert (place.run / "saved1").exists()
+    place.wait_until_gone()
 
 
 # --- the lock -----------------------------------------------------------------------------------------------------
