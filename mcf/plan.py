@@ -322,6 +322,9 @@ def _activations(recipe: Recipe) -> int:
     per_sample = visible * model.depth * model.width * _per_channel(size, model.mlp_ratio)
     decoder = model.decoder
     per_sample += (1 + model.patches) * decoder.depth * decoder.width * _per_channel(size, model.mlp_ratio)
+    if recipe.loss.pixel:
+        # What the pseudo image misses, squared in the loss.
+        per_sample += model.patches * model.patch_size**2 * 3 * FLOAT
     if recipe.loss.feature:
         tokens = 1 + (model.image_size // teacher.patch_size) ** 2
         deepest = min(teacher.depth, max(teacher.taps) + 1)
