@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mcf import kernels
+from mcf.models.decoder import Decoder
 from mcf.models.patches import denormalise, normalise, patchify, unpatchify
 from mcf.models.vit import Block, VisionTransformer, sincos_positions
 
@@ -60,8 +61,12 @@ def test_initial_weights_are_maes():
         # Uniform in ±bound: the largest of thousands is close to it, the deviation is bound/√3 within sampling error.
         assert 0.99 * bound < weight.abs().max() <= bound
         assert float(weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
-    assert float(vit.cls_token.detach().std()) == pytest.approx(0.02, rel=0.25)
-    assert not any(p.any() for name, p in vit.named_parameters() if name.endswith("bias"))
+    decoder = Decoder(tokens_width=128, grid=4, patch_size=8, width=128, depth=1, heads=2)
+    for token in (vit.cls_token, decoder.mask_token):
+        # The deviation of 128 numbers is known to 1/√256 of it: 0.25 is four times that.
+        assert float(token.detach().std()) == pytest.approx(0.02, rel=0.25)
+    for module in (vit, decoder):
+        assert not any(p.any() for name, p in module.named_parameters() if name.endswith("bias"))
 
 
 def test_visible_patches_alone_are_as_good_as_all_then_dropped(images):
