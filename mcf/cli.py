@@ -26,6 +26,19 @@ from mcf.settings import read_command_line, read_recipe, recipe_names, validate
 
 __all__ = ["dump", "flatten", "keys", "load", "load_recipe", "main", "parse", "recipe_names", "render"]
 
+# Every verb, in the order in which a newcomer meets them, and what it does.
+VERBS = {
+    "demo": "from faces to a pre-trained encoder in a few minutes, on this machine",
+    "data.faces": "draw a folder of faces with masks and landmarks, to try everything else on",
+    "pack": "turn a folder of images into JPEG shards for training",
+    "launch": "start a run, or go on with it where it stopped: on this machine or through Slurm",
+    "train": "what every rank of a run does; run=RUN_DIR is what mcf.launch gives it",
+    "export": "write an encoder of a run as a ViT with timm's names",
+    "convert": "turn weights of MoCo v3, MAE, timm or the released MCF into a ViT with timm's names",
+    "parity": "compare one training step with golden numbers of the reference",
+    "bench": "measure images/s of the data's way or of the training step",
+}
+
 T = TypeVar("T", bound=BaseModel)
 O = TypeVar("O", bound=BaseModel)  # noqa: E741
 
@@ -57,7 +70,7 @@ def parse(schema: type[T], argv: list[str], *, verb: str) -> T:
     """
     known = keys(schema)
     if _wants_help(argv):
-        _print_help(verb, schema, {"": known})
+        _print_help(verb, schema, {"keys": known})
     return validate(schema, read_command_line(argv, known, verb), verb)
 
 
@@ -74,8 +87,7 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     own = keys(options)
     known = {**own, "recipe": Key("recipe", _RECIPE_KEY), **keys(Recipe)}
     if _wants_help(argv):
-        groups = {"": {"recipe": known["recipe"], **own}, "recipe keys": keys(Recipe)}
-        _print_help(verb, options if options is not _RecipeOnly else Recipe, groups)
+        _print_help(verb, options, {"keys": {"recipe": known["recipe"], **own}, **_sections(Recipe)})
     settings = read_command_line(argv, known, verb)
     chosen = settings.pop("recipe", None)
     mine = {name: settings.pop(name) for name in list(settings) if name.partition(".")[0] in options.model_fields}
@@ -101,23 +113,46 @@ def _wants_help(argv: list[str]) -> bool:
     return any(token in ("--help", "-h", "help") for token in argv)
 
 
+def _sections(schema: type[BaseModel], prefix: str = "") -> dict[str, dict[str, Key]]:
+    """The keys of a schema by section; the titles say what the sections are about."""
+    plain = {name: key for name, key in keys(schema, prefix).items() if "." not in name.removeprefix(prefix)}
+    about = " ".join((schema.__doc__ or "").split()).rstrip(".")
+    groups = {f"{prefix.rstrip('.') or 'recipe'}: {about[:1].lower()}{about[1:]}": plain}
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            groups |= _sections(field.annotation, f"{prefix}{name}.")
+    return groups
+
+
 def _print_help(verb: str, schema: type[BaseModel], groups: dict[str, dict[str, Key]]) -> None:
-    """Print all keys with meaning, type and default, and leave."""
+    """Print what a verb does and all its keys with meaning, type and default, and leave."""
     width = min(shutil.get_terminal_size((120, 40)).columns, 140)
-    print(f"usage: python -m mcf.{verb} key=value …\n")
-    print(textwrap.fill(" ".join((schema.__doc__ or "").split()), width), end="\n\n")
+    name, _, part = verb.partition(" ")
+    print(f"mcf.{verb}: {VERBS[name]}\n" if name in VERBS else f"mcf.{verb}\n")
+    print(f"usage: python -m mcf.{name}{f' {part}' if part else ''} key=value …")
+    print("       values are YAML: 1e-4, true, null, [1,2]; words and paths need no quotes\n")
+    # The first sentence of a schema is for readers of the code; the user has read it above.
+    _, _, more = " ".join((schema.__doc__ or "").split()).partition(". ")
+    if more:
+        print(textwrap.fill(more, width), end="\n\n")
     for title, group in groups.items():
-        if title:
-            print(f"{title}:")
-        for name, key in group.items():
-            default = "must be given" if key.field.is_required() else f"default {key.default or repr('')}"
-            text = f"{key.field.description or ''} [{key.expects}; {default}]".strip()
-            lines = textwrap.wrap(text, max(width - 34, 40))
-            head = f"  {name:<30}  "
-            print(
-                head + f"\n{'':34}".join(lines) if len(head) == 34 else head + f"\n{'':34}" + f"\n{'':34}".join(lines)
-            )
+        print(textwrap.fill(title, width, subsequent_indent="  "))
+        for key in group.values():
+            _print_key(key, width)
         print()
-    if "recipe" in groups.get("", {}):
-        print(textwrap.fill(f"recipes: {', '.join(recipe_names())}", width))
+    if "recipe" in groups["keys"]:
+        print(textwrap.fill(f"recipes: {', '.join(recipe_names())}", width, subsequent_indent="  "))
     raise SystemExit(0)
+
+
+def _print_key(key: Key, width: int, column: int = 30) -> None:
+    default = "must be given" if key.field.is_required() else f"default {key.default or repr('')}"
+    text = f"{key.field.description or ''} [{key.expects}; {default}]".strip()
+    lines = textwrap.wrap(text, max(width - column, 40))
+    head = f"  {key.name}".ljust(column - 1)
+    if len(head) >= column:
+        print(head)
+    else:
+        print(f"{head} {lines.pop(0)}")
+    for line in lines:
+        print(" " * column + line)

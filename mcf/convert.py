@@ -15,9 +15,6 @@ from pydantic import Field
 from mcf import cli
 from mcf.config import Positive, Section
 from mcf.errors import UserError
-from mcf.weights import files
-from mcf.weights.sources import read_file
-from mcf.weights.vit import check_heads
 
 
 class ConvertConfig(Section):
@@ -41,6 +38,11 @@ class ConvertConfig(Section):
 def main(argv: list[str]) -> int:
     """The verb. Writes one file and says what is in it."""
     config = cli.parse(ConvertConfig, argv, verb="convert")
+    # torch comes with them: help and refusals need not wait for it.
+    from mcf.weights import files
+    from mcf.weights.sources import read_file
+    from mcf.weights.vit import check_heads
+
     source, out = Path(config.source), Path(config.out)
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"out={out}: is the source itself; give another name")

@@ -13,8 +13,6 @@ from pydantic import Field
 
 from mcf import cli
 from mcf.config import Section
-from mcf.weights import files
-from mcf.weights.sources import read_checkpoint
 
 
 class ExportConfig(Section):
@@ -31,6 +29,10 @@ class ExportConfig(Section):
 def main(argv: list[str]) -> int:
     """The verb. Writes one file and says what is in it."""
     config = cli.parse(ExportConfig, argv, verb="export")
+    # torch comes with them: help and refusals need not wait for it.
+    from mcf.weights import files
+    from mcf.weights.sources import read_checkpoint
+
     encoder = read_checkpoint(config.source, config.branch, where=f"source={config.source}")
     metadata: dict[str, str] = {"branch": config.branch}
     if encoder.heads:

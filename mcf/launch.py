@@ -42,7 +42,10 @@ YEAR = 366 * 24 * 60  # minutes: a local job has no time limit, but submitit wan
 
 
 class LaunchConfig(Section):
-    """Start a run, or go on with it where it stopped."""
+    """Start a run, or go on with it where it stopped.
+
+    For example: python -m mcf.launch recipe=vit_b_20m data.path=SHARDS teacher.path=moco_v3.pth.tar nodes=4
+    """
 
     mode: Literal["local", "slurm", "print"] | None = Field(
         None,

@@ -1,5 +1,6 @@
 """The command line: what is read, and the one line that is said of everything that cannot be."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_every_float_comes_back_from_the_command_line_and_from_a_dump(value):
         ("optimizer.lr=.nan", ["optimizer.lr=nan: expected a number > 0 or null"]),
         ("optimizer.weight_decay=.inf", ["optimizer.weight_decay=inf: expected a number >= 0"]),
         ("optimizer.betas=0.9", ["optimizer.betas=0.9: expected a list of 2 values like [1,2]"]),
-        ("optimizer.betas=[0.9,2]", ["optimizer.betas=[0.9,2]", "each a number >= 0 and <= 1"]),
+        ("optimizer.betas=[0.9,2]", ["optimizer.betas=[0.9,2]", "each a number >= 0 and < 1"]),
         ("teacher.taps=[1,-2]", ["teacher.taps=[1,-2]"]),
         ("teacher.source=mocov3", ["expected one of moco_v3, timm", "did you mean moco_v3?"]),
         ("train.zero_stage=4", ["train.zero_stage=4: expected one of 0, 1, 2, 3"]),
@@ -273,5 +274,38 @@ def test_main_turns_errors_into_a_line_and_a_status(capsys):
 def test_a_reader_that_leaves_early_is_no_error():
     command = f"{sys.executable} -m mcf.launch --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("usage: python -m mcf.launch")
+    assert done.stdout == f"mcf.launch: {cli.VERBS['launch']}\n"
     assert done.stderr == ""
+
+
+def test_mcf_alone_lists_every_verb_there_is():
+    done = subprocess.run([sys.executable, "-m", "mcf"], capture_output=True, text=True, check=True)
+    root = Path(cli.__file__).parent
+    found = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__")
+        for path in root.rglob("*.py")
+        if "@cli.main\n" in path.read_text()
+    }
+    assert set(cli.VERBS) == {verb for verb in found if not verb.startswith("bench.")}
+    for verb, does in cli.VERBS.items():
+        assert re.search(rf"^  mcf\.{re.escape(verb)} +{re.escape(does)}$", done.stdout, re.MULTILINE)
+
+
+def test_help_says_first_what_the_verb_does_and_what_sections_are_about(capsys):
+    with pytest.raises(SystemExit):
+        cli.load(["--help"], Options, verb="launch")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"mcf.launch: {cli.VERBS['launch']}"
+    for title in ("keys", "recipe: a whole run", "model.decoder: the decoder M0", "slurm: what Slurm is asked for"):
+        assert any(line.startswith(title) for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("verb", ["launch", "convert", "export"])
+def test_help_loads_nothing_heavy(verb):
+    code = (
+        f"import sys; from mcf import {verb}\ntry: {verb}.main(['--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'numpy', 'submitit') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -21,6 +21,7 @@ DOORS = {
 # Module or package → what of mcf it may import (itself and its own package always). The longest row that fits holds.
 ARROWS = {
     "mcf": set(),
+    "mcf.__main__": {"mcf.cli"},
     # What needs nothing but itself.
     "mcf.errors": set(),
     "mcf.config": {"mcf.errors"},
@@ -73,7 +74,7 @@ ARROWS = {
 NEVER = {"torchvision", "timm"}
 LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
-    "mcf.snapshot", "mcf.track.console", "mcf.pack.options",
+    "mcf.snapshot", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
 )  # fmt: skip
 
 

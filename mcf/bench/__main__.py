@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
     named = [word.removeprefix("part=") for word in argv if word.startswith("part=")]
     rest = [word for word in argv if not word.startswith("part=")]
     if not named and any(word in ("-h", "--help", "help") for word in rest):
+        print(f"mcf.bench: {cli.VERBS['bench']}\n")
         print("usage: python -m mcf.bench part=PART key=value …   (part=PART --help lists its keys)")
         print("\n".join(f"  part={part:8} {does}" for part, does in PARTS.items()))
         return 0
