@@ -225,33 +225,19 @@ def set_threads(world: World, threads: int | None = None) -> int:
     return number
 
 
-class Gathering:
-    """A gather on its way; `wait` returns its result."""
+def gather(tensor: Tensor) -> Tensor:
+    """`tensor` of every rank: [W, …] in the order of ranks, without gradient.
 
-    def __init__(self, result: Tensor, work: Any):
-        self._result, self._work = result, work
-
-    def wait(self) -> Tensor:
-        """Wait for all ranks (on a GPU: make the current stream wait) and return [W, …]."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._result
-
-
-def gather_async(tensor: Tensor) -> Gathering:
-    """Start collecting `tensor` ([…], the same shape on all ranks, on the group's device) from every rank."""
+    Args:
+        tensor: […], the same shape on all ranks, on the group's device.
+    """
     size = dist.get_world_size()
     tensor = tensor.detach().contiguous()
     result = tensor.new_empty((size, *tensor.shape))
     # Flat views: gloo and NCCL then agree on what a tensor without dimensions, or an empty one, means.
-    work = _all_gather(result.view(-1), tensor.view(-1), async_op=True) if tensor.numel() else None
-    return Gathering(result, work)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """`tensor` ([…], the same shape on all ranks) of every rank: [W, …] in the order of ranks, without gradient."""
-    return gather_async(tensor).wait()
+    if tensor.numel():
+        _all_gather(result.view(-1), tensor.view(-1))
+    return result
 
 
 def gather_objects(value: T) -> list[T]:

@@ -106,10 +106,6 @@ class Engine:
         """
         return self._deepspeed(*inputs, **named)
 
-    def train(self, mode: bool = True) -> None:
-        """Switch the module to training (or evaluation) mode."""
-        self._deepspeed.train(mode)
-
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's loss (a scalar, the mean over this rank's samples) to the step's.
 

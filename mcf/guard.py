@@ -28,7 +28,6 @@ class Guard:
         self.folder = Path(run_dir) / "bad_steps"
         self.rank = rank
         self.in_a_row = 0
-        self.total = 0
         self._collapse_told = False
 
     def observe(self, step: int, applied: bool, keys: list[str], numbers: dict[str, float] | None = None) -> None:
@@ -40,7 +39,6 @@ class Guard:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        self.total += 1
         file = self._write(step, keys, numbers or {})
         if self.rank == 0:
             log.warning("step %d is not finite and was not applied (%d in a row): %s", step, self.in_a_row, file)

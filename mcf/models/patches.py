@@ -21,13 +21,6 @@ def normalise(images: Tensor) -> Tensor:
     return ((pixels - pixels.new_tensor(MEAN)) / pixels.new_tensor(STD)).permute(0, 3, 1, 2)
 
 
-def denormalise(images: Tensor) -> Tensor:
-    """Normalised float [B, 3, H, W] → uint8 [B, H, W, 3], clipped to what a picture can show."""
-    pixels = images.detach().float().permute(0, 2, 3, 1)
-    pixels = pixels * pixels.new_tensor(STD) + pixels.new_tensor(MEAN)
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """[B, 3, H, W] → [B, L, P·P·3], patches row by row."""
     batch, channels, height, width = images.shape

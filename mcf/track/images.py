@@ -23,9 +23,7 @@ SMALLEST = 112  # side of a face in the picture, pixels, at least
 ROWS = 4  # faces in a block before a second block is begun
 
 
-def reconstruction_grid(
-    images: np.ndarray, mask: np.ndarray, pred: np.ndarray, patch_size: int, *, pasted: bool = True
-) -> np.ndarray:
+def reconstruction_grid(images: np.ndarray, mask: np.ndarray, pred: np.ndarray, patch_size: int) -> np.ndarray:
     """Picture of N faces, their masks and their reconstructions.
 
     Args:
@@ -34,10 +32,10 @@ def reconstruction_grid(
         pred: float [N, L, p·p·3], the decoder's patches: values in (row, column, channel) order (METHOD, 1), in
             ImageNet-normalised units.
         patch_size: p, side of a patch in pixels; H and W are multiples of it.
-        pasted: whether a fourth column shows the prediction with the visible patches of the input in it.
 
     Returns:
-        uint8 [height, width, 3]; small images are shown in whole multiples of their size. Values outside [0, 255] after denormalising are clipped, non-finite ones are black.
+        uint8 [height, width, 3]; small images are shown in whole multiples of their size. Values outside [0, 255]
+        after denormalising are clipped, non-finite ones are black.
 
     Raises:
         ValueError: shapes do not belong together.
@@ -55,9 +53,8 @@ def reconstruction_grid(
         "input": images,
         "masked": np.where(dropped, np.uint8(DROPPED), images),
         "prediction": predicted,
+        "with visible": np.where(dropped, predicted, images),
     }
-    if pasted:
-        columns["with visible"] = np.where(dropped, predicted, images)
     times = -(-SMALLEST // height)
     return _lay_out({name: faces.repeat(times, axis=1).repeat(times, axis=2) for name, faces in columns.items()})
 
