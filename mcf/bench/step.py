@@ -3,10 +3,10 @@
     images uint8 ──► masks ──► momentum branch ──► student ──► teacher twice ──► losses ──► backward ──► AdamW ──► EMA
 
 The step is the one that `mcf.train` runs, on one rank, through DeepSpeed (stage 0 unless train.zero_stage is given), and
-without accumulation. Images are noise and
-the teacher of the recipe's shape is random: numbers do not change the time of a step. With `compare=reference` both
-programs start from the same weights, see the same images and masks, and take turns step by step, so that a machine that
-slows down slows both. The losses of their first step must be equal, or the times mean nothing and the status is 1.
+without accumulation. Images are noise and the teacher of the recipe's shape is random: numbers do not change the time of
+a step. With `compare=reference` both programs start from the same weights, see the same images and masks, and take turns
+step by step, so that a machine that slows down slows both. The losses of their first step must be equal, or the times
+mean nothing and the status is 1.
 """
 
 from __future__ import annotations
