@@ -10,6 +10,8 @@ Every step says the command it runs, so that the demo can be followed by hand. S
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -44,9 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(config.out)
     if config.data and not Path(config.data).is_dir():
         raise UserError(f"data={config.data}: no such folder; give a folder of face images, or none to draw faces")
-    source = Path(config.data) if config.data else draw_faces(out / "faces", config)
-    name = "drawn" if config.data is None else "-".join(source.resolve().parts[-2:])
-    shards = out / "shards" / f"{name}-{config.size}"
+    source = Path(config.data) if config.data else draw_faces(out, config)
+    name = run_name(source) if config.data else "drawn"
+    # One folder for each choice of keys: neither faces nor shards are made over.
+    shards = out / "shards" / (f"{name}-{config.size}" if config.data else source.parent.name)
     call("mcf.pack", f"source={source}", f"out={shards}", "crop=square", f"size={config.size}")
     run_dir = next_run(out / "runs", f"demo-{name}")
     call(
@@ -61,8 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     return report(run_dir, time.monotonic() - started)
 
 
-def draw_faces(folder: Path, config: DemoConfig) -> Path:
+def run_name(source: Path) -> str:
+    """A folder's last two names as a part of a run's name, which has few signs to choose from."""
+    return re.sub(r"[^\w.+-]+", "-", "-".join(source.resolve().parts[1:][-2:]), flags=re.ASCII)
+
+
+def draw_faces(out: Path, config: DemoConfig) -> Path:
     """Draw faces, unless they are there."""
+    folder = out / f"faces-{config.faces}-{config.size}"
     call("mcf.data.faces", f"out={folder}", f"count={config.faces}", f"size={config.size}")
     return folder / "images"
 
@@ -83,7 +92,7 @@ def finished(run_dir: Path) -> bool:
 
 def call(module: str, *arguments: str) -> None:
     """Run a verb as a user would, and end with it if it fails: it has said why."""
-    print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
+    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
     status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
     if status:
         raise SystemExit(status)
@@ -112,7 +121,8 @@ def report(run_dir: Path, seconds: float) -> int:
     print(f"reconstructions  {pictures[-1] if pictures else 'none'}")
     print(f"metrics          {run_dir / 'metrics.jsonl'}")
     page = [event["mlflow"] for event in read(run_dir / EVENTS) if event.get("mlflow")][-1]
-    print(f"MLflow page      {Path(sys.executable).parent}/{page}")
+    # The program stands beside this Python, whose folder is on nobody's path.
+    print("MLflow page      " + (f"{Path(sys.executable).parent}/{page}" if page.startswith("mlflow ") else page))
     if not fallen:
         print("\nA loss term has not fallen: the demo failed.", file=sys.stderr)
     return 0 if fallen else 1
