@@ -3,13 +3,14 @@
     weights.safetensors     the trained module (encoder, decoder, heads) in float32, its buffers, MCF's own names
     optimizer.safetensors   AdamW's moments and step counts by parameter name
     momentum.safetensors    momentum encoder and projector, with their BatchNorm buffers
-    run.json                step, samples seen, recipe, identity of the data, MLflow run, versions
+    run.json                step, samples seen, recipe, identity of data and teacher, MLflow run, versions
 
 No file knows how many ranks wrote it, nor the ZeRO stage. The teacher is never saved: the recipe says where it is from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -46,6 +47,7 @@ class Progress:
     bad_steps: int = 0
     bad_samples: int = 0
     data: str = ""
+    teacher: str = ""
     mlflow_run: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -125,6 +127,26 @@ def check_same_run(folder: Path, recipe: Recipe, data: str) -> Progress:
             f"{data}); give the old data.path to go on, or start under another name=…"
         )
     return progress
+
+
+def check_same_teacher(progress: Progress, teacher: str, recipe: Recipe) -> None:
+    """Raise UserError if a run would go on under a teacher with other weights: its file may move, not change."""
+    if progress.teacher != teacher:
+        raise UserError(
+            f"teacher.path={recipe.teacher.path}: other weights than the run began with (fingerprint {teacher or 'none'}, "
+            f"was {progress.teacher or 'none'}); give the old file to go on, or start under another name=…"
+        )
+
+
+def fingerprint(module: torch.nn.Module | None) -> str:
+    """Identity of a module's parameters and buffers in 16 hex digits; empty for no module."""
+    if module is None:
+        return ""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _free(key: str) -> bool:

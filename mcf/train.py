@@ -49,6 +49,10 @@ class Training:
         teacher = load_teacher(
             recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention, seed=recipe.seed
         )
+        identity = state.fingerprint(teacher)
+        if found is not None:
+            state.check_same_teacher(self.progress, identity, recipe)
+        self.progress.teacher = identity
         self.step = Step(recipe, self.plan, teacher, world)
         self.resumed = found is not None
         if found is not None:
@@ -94,7 +98,9 @@ class Training:
                 progress.step += 1
                 progress.samples_seen += recipe.batch
                 self.meters.add(outcome, samples=recipe.batch)
-                progress.bad_steps += not outcome.applied
+                if not outcome.applied:
+                    progress.bad_steps += 1
+                    tracker.event("bad_step", step=progress.step, grad_norm=outcome.grad_norm)
                 self.guard.observe(progress.step, outcome.applied, outcome.keys, {"grad_norm": outcome.grad_norm})
 
                 stopping = distributed.any_rank(stop.received) or progress.step == last

@@ -1,0 +1,87 @@
+"""What makes two launches one run: recipe, data and teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from mcf import state
+from mcf.config import Recipe
+from mcf.errors import UserError
+
+
+def recipe(**overrides) -> Recipe:
+    return Recipe.model_validate(tiny.recipe(Path("runs/r"), Path("data"), **overrides))
+
+
+def saved(folder: Path, run: Recipe) -> Path:
+    engine = {"model.w": torch.arange(6.0).view(2, 3), "exp_avg.w": torch.ones(2, 3), "applied_steps": torch.tensor(7)}
+    state.write(folder, run, state.Progress(step=7, data="abc", teacher="t"), engine, {"w": torch.zeros(3)})
+    return folder
+
+
+def test_what_is_written_is_read(tmp_path):
+    engine, momentum = state.read(saved(tmp_path, recipe()))
+    assert set(engine) == {"model.w", "exp_avg.w", "applied_steps"}
+    assert torch.equal(engine["model.w"], torch.arange(6.0).view(2, 3))
+    assert engine["applied_steps"].item() == 7
+    assert torch.equal(momentum["w"], torch.zeros(3))
+    assert state.read_progress(tmp_path)[0].step == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gpus_per_node": 2, "micro_batch": 2},
+        {"train__zero_stage": 3, "train__stop_after": 3},
+        {"data__path": "elsewhere", "data__prefetch": 7},
+        {"checkpoint__every": 1, "checkpoint__keep": 9, "guard__max_bad_steps": 1, "track__mlflow": "http://x"},
+    ],
+)
+def test_where_and_how_fast_a_run_is_may_change(tmp_path, change):
+    assert state.check_same_run(saved(tmp_path, recipe()), recipe(**change), "abc").step == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 4}, "seed=4 (was 3)"),
+        ({"batch": 16}, "batch=16 (was 8)"),
+        ({"model__decoder__depth": 2}, "model.decoder.depth=2 (was 1)"),
+        ({"train__steps": 21}, "train.steps=21 (was 20)"),
+        ({"data__window": 9, "mask__ratio": 0.5}, "data.window=9 (was 8), mask.ratio=0.5 (was 0.75)"),
+    ],
+)
+def test_what_would_be_another_run_is_refused_and_named(tmp_path, change, said):
+    with pytest.raises(UserError) as caught:
+        state.check_same_run(saved(tmp_path, recipe()), recipe(**change), "abc")
+    assert said in str(caught.value)
+    assert "another name" in str(caught.value)
+
+
+def test_other_data_and_another_teacher_are_refused(tmp_path):
+    folder = saved(tmp_path, recipe())
+    with pytest.raises(UserError, match=r"other data \(fingerprint abc, .* has xyz\)"):
+        state.check_same_run(folder, recipe(), "xyz")
+    progress = state.check_same_run(folder, recipe(), "abc")
+    state.check_same_teacher(progress, "t", recipe())
+    with pytest.raises(UserError, match=r"other weights than the run began with \(fingerprint u, was t\)"):
+        state.check_same_teacher(progress, "u", recipe())
+
+
+def test_a_fingerprint_sees_every_bit_and_name():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = state.fingerprint(module)
+    assert before == state.fingerprint(module)
+    assert len(before) == 16
+    with torch.no_grad():
+        module[0].bias[1] = torch.nextafter(module[0].bias[1], torch.tensor(9.0))
+    changed = state.fingerprint(module)
+    assert changed != before
+    module[1].num_batches_tracked += 1
+    assert state.fingerprint(module) not in (before, changed)
+    assert state.fingerprint(None) == ""
