@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -48,6 +49,7 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def wrapped(argv: list[str] | None = None) -> int:
+        _open_closed_streams()
         try:
             return function(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
@@ -88,6 +90,11 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     known = {**own, "recipe": Key("recipe", _RECIPE_KEY), **keys(Recipe)}
     if _wants_help(argv):
         _print_help(verb, options, {"keys": {"recipe": known["recipe"], **own}, **_sections(Recipe)})
+    if not argv:
+        raise UserError(
+            f"{verb}: no recipe is given; say recipe=NAME ({', '.join(recipe_names()[:3])}, …) or recipe=FILE.yaml; "
+            "`--help` lists all"
+        )
     settings = read_command_line(argv, known, verb)
     chosen = settings.pop("recipe", None)
     mine = {name: settings.pop(name) for name in list(settings) if name.partition(".")[0] in options.model_fields}
@@ -97,6 +104,13 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     recipe = validate(Recipe, settings, verb)
     checks.check(recipe)
     return recipe, own_values
+
+
+def _open_closed_streams() -> None:
+    """Streams that the caller has closed (`>&-`) are None in Python, and nobody expects that."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 class _RecipeOnly(BaseModel):

@@ -36,7 +36,12 @@ def follow(job: Job[None], jobs: Path, run_dir: Path, stop: Stop) -> int:
     started = time.monotonic()
     with contextlib.closing(Output(Path(job.paths.stdout))) as output:
         while not job.done():
-            output.show_new()
+            try:
+                output.show_new()
+            except BrokenPipeError:
+                # The reader (`| head`) has gone, which means what the closing of a terminal means.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                stop.ask()
             stop.insist(str(job.job_id))
             time.sleep(POLL)
         output.show_new()
@@ -171,14 +176,15 @@ class Stop:
 
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._ask)
+            self._before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+    def ask(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        """End the job; asked again, at once."""
         self.asked += 1
 
     def insist(self, job: str) -> None:

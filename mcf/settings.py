@@ -75,6 +75,8 @@ def find_recipe(recipe: str, *, beside: Path | None = None, origin: str = COMMAN
         path = path if path.is_absolute() or beside is None else beside.parent / path
         if path.is_file():
             return path
+        if path.is_dir():
+            raise UserError(f"{origin}: recipe={recipe} is a folder; give a YAML file in it")
         raise UserError(f"{origin}: recipe={recipe}: no such file; a name without .yaml means one of mcf's own recipes")
     names = recipe_names()
     if recipe in names:
@@ -118,7 +120,7 @@ def read_file(path: Path) -> dict[str, Setting]:
             f"{_place(path, error)}: not valid YAML ({_problem(error)}); mind indentation and colons"
         ) from None
     if node is None:
-        return {}
+        raise UserError(f"{path}: the recipe is empty; write lines like `batch: 4096`, or `base: vit_b_20m`")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: a recipe is a mapping of keys to values; write lines like `batch: 4096`")
     settings: dict[str, Setting] = {}
@@ -265,7 +267,7 @@ def _explain(error: ValidationError, settings: dict[str, Setting], known: dict[s
     key = known.get(name)
     if first["type"] == "missing":
         meaning = f" ({key.field.description})" if key and key.field.description else ""
-        return UserError(f"{verb}: {name} is missing{meaning}; add {name}={(key.expects if key else 'VALUE')!r}")
+        return UserError(f"{verb}: {name} is missing{meaning}; add {name}=VALUE")
     if first["type"] in ("value_error", "assertion_error") or key is None:
         said = str(first.get("ctx", {}).get("error", first["msg"])).removeprefix("Value error, ")
         return UserError(f"{verb}: {said}" if key is None else f"{_origin(settings.get(name), verb)}{name}: {said}")

@@ -128,7 +128,7 @@ def test_unset_required_key_names_its_meaning():
     class Needs(Section):
         source: str = Field(description="folder of images")
 
-    with pytest.raises(UserError, match=r"pack: source is missing \(folder of images\)"):
+    with pytest.raises(UserError, match=r"pack: source is missing \(folder of images\); add source=VALUE"):
         cli.parse(Needs, [], verb="pack")
 
 
@@ -205,7 +205,14 @@ def test_unknown_recipe_names_the_nearest_and_all():
 def test_a_folder_or_binary_as_recipe_is_one_line(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not a text file" in refusal(f"recipe={tmp_path / 'x.yaml'}")
-    assert "no such file" in refusal(f"recipe={tmp_path}/")
+    assert "is a folder" in refusal(f"recipe={tmp_path}/")
+    (tmp_path / "empty.yaml").touch()
+    assert "empty.yaml: the recipe is empty" in refusal(f"recipe={tmp_path / 'empty.yaml'}")
+
+
+def test_without_any_argument_a_recipe_is_asked_for():
+    with pytest.raises(UserError, match=r"launch: no recipe is given; say recipe=NAME \(demo, "):
+        cli.load_recipe([])
 
 
 def test_a_dumped_recipe_reads_back_equal(tmp_path):

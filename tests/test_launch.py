@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -49,9 +50,11 @@ if role == "fail":
     sys.exit(3)
 if role == "die":
     os.kill(os.getpid(), signal.SIGKILL)
-while role in ("wait", "deaf"):
+while role in ("wait", "deaf", "talk"):
     time.sleep(0.02)
-    if told and role == "wait":
+    if role == "talk":
+        print("still here", flush=True)
+    if told and role != "deaf":
         (run / f"saved{rank}").touch()
         sys.exit(0)
 """
@@ -409,6 +412,26 @@ def test_a_terminal_that_is_closed_lets_the_ranks_save(place):
 
 
 # --- the lock -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_lets_the_ranks_save(place):
+    """`python -m mcf.launch … | head`: no run is left alone without anybody to see it."""
+    process = place.start(roles=("talk", "wait"))
+    place.wait_until_running()
+    process.stdout.close()
+    assert process.wait(60) == 130
+    assert process.stderr.read() == ""
+    assert [(place.run / f"saved{rank}").exists() for rank in (0, 1)] == [True, True]
+    place.wait_until_gone()
+
+
+def test_a_closed_stdout_is_no_matter(place):
+    command = shlex.join([sys.executable, "driver.py", str(place.folder / "stub.py"), *place.arguments()])
+    (place.folder / "runs" / "roles.json").write_text('["end", "end"]')
+    done = subprocess.run(
+        f"{command} >&- <&-", shell=True, cwd=place.folder, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_lock_of_another_host_is_believed(tmp_path):
