@@ -73,7 +73,7 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
     if mode != "print":
         check_inputs(recipe)
     plan = make_plan(recipe, count_samples(recipe))
-    print(plan)
+    print(*plan.lines(shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000), sep="\n")
     why = "" if config.mode else " (there is no sbatch on this machine)" if mode == "local" else " (sbatch is there)"
     print(f"{'mode':<16}{mode}{why}\n", flush=True)
     if mode == "print":

@@ -6,6 +6,7 @@ memory of a rank and size of the checkpoints, all from shapes alone. Nothing her
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +114,8 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def lines(self) -> list[str]:
-        """The plan as a table for people."""
+    def lines(self, width: int = 1000) -> list[str]:
+        """The plan as a table for people, at most `width` letters wide."""
         p, m = self.parameters, self.memory
         peak = f"{self.lr:.3g}"
         updates = "once a step" if self.momentum_updates == 1 else f"{self.momentum_updates} times a step"
@@ -158,7 +159,9 @@ class Plan:
             ),
             ("tracking", f"{self.metric_records:,} records of metrics, {self.pictures:,} pictures"),
         ]
-        return [f"{name:<16}{text}" for name, text in rows] + [f"NOTE            {note}" for note in self.notes]
+        rows += [("NOTE", note) for note in self.notes]
+        wrap = textwrap.TextWrapper(width, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False)
+        return [line for name, text in rows for line in wrap.wrap(f"{name:<16}{text}")]
 
 
 def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
