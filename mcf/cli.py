@@ -7,6 +7,7 @@ Whatever is wrong is one line: the key, the value, where it was written, what wa
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -40,6 +41,9 @@ VERBS = {
     "bench": "measure images/s of the data's way or of the training step",
 }
 
+# What a machine can refuse at any place. Other errors of the system may be mistakes of the program: a traceback is due.
+_SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG)
+
 T = TypeVar("T", bound=BaseModel)
 O = TypeVar("O", bound=BaseModel)  # noqa: E741
 
@@ -51,13 +55,20 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
     def wrapped(argv: list[str] | None = None) -> int:
         _open_closed_streams()
         try:
+            _check_directory()
             return function(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno in _SURROUNDINGS:
+                where = f"{error.filename}: " if error.filename else ""
+                print(f"error: {where}{error.strerror}; mend that, and give the same command again", file=sys.stderr)
+                return 2
+            if error.errno != errno.EPIPE:
+                raise
             # The reader (`| head`) has gone: nothing is wrong, but the interpreter must not flush into the pipe again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -104,6 +115,13 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     recipe = validate(Recipe, settings, verb)
     checks.check(recipe)
     return recipe, own_values
+
+
+def _check_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current directory has been deleted; change into another one") from None
 
 
 def _open_closed_streams() -> None:

@@ -121,7 +121,7 @@ def count_samples(recipe: Recipe) -> int | None:
         return None
     try:
         return int(json.loads(manifest.read_text())["samples"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         folder = recipe.data.path
         raise UserError(
             f"{manifest}: damaged manifest; restore it, or delete {folder} and pack it again: "

@@ -1,5 +1,7 @@
 """The command line: what is read, and the one line that is said of everything that cannot be."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -276,6 +278,29 @@ def test_main_turns_errors_into_a_line_and_a_status(capsys):
     assert main([]) == 7
     with pytest.raises(RuntimeError):
         main(["bug"])
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EACCES, 2), (errno.ENOSPC, 2), (errno.ENOENT, None)])
+def test_what_the_machine_refuses_is_a_line_and_other_errors_are_not_hidden(capsys, number, status):
+    @cli.main
+    def verb(argv):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    if status is None:
+        with pytest.raises(OSError, match="/some/file"):
+            verb([])
+        return
+    assert verb([]) == status
+    assert capsys.readouterr().err.startswith(f"error: /some/file: {os.strerror(number)}; mend that")
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(lambda argv: 0)([]) == 2
+    assert "the current directory has been deleted" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_early_is_no_error():
