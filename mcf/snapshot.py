@@ -36,9 +36,9 @@ def take(run_dir: Path) -> Path:
             code.rename(old)
         staged.rename(code)
     except OSError as error:
-        raise UserError(
-            f"{run_dir}: the code cannot be copied there ({error.strerror}); free space, or set output="
-        ) from None
+        # copytree gathers what went wrong: (source, destination, why).
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise UserError(f"{run_dir}: the code cannot be copied there ({why}); free space, or set output=") from None
     shutil.rmtree(old, ignore_errors=True)
     return code
 

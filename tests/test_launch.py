@@ -1,11 +1,14 @@
 """Launching: real submitit jobs of a stub in place of the trainer, real signals, real kills."""
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -221,6 +224,15 @@ def test_the_copy_is_complete_and_knows_its_version(tmp_path):
     assert int(recipes) == len(cli.recipe_names())
     # A copy of the copy has the same version, though there is no git around it.
     assert (tmp_path / again / "VERSION").read_text() == (code / "VERSION").read_text()
+
+
+def test_a_disk_too_full_for_the_copy_is_one_line(tmp_path, monkeypatch):
+    def copy(source, target, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(shutil, "copytree", functools.partial(shutil.copytree, copy_function=copy))
+    with pytest.raises(UserError, match=r"No space left on device.*set output="):
+        snapshot.take(tmp_path)
 
 
 def test_version_tells_changes(tmp_path):
