@@ -69,9 +69,9 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
                 return 2
             if error.errno != errno.EPIPE:
                 raise
-            # The reader (`| head`) has gone: nothing is wrong, but the interpreter must not flush into the pipe again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            return 141  # the reader (`| head`) has gone: nothing is wrong
+        finally:
+            _flush()
 
     return wrapped
 
@@ -115,6 +115,14 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     recipe = validate(Recipe, settings, verb)
     checks.check(recipe)
     return recipe, own_values
+
+
+def _flush() -> None:
+    """Flush stdout, or let go of one that nobody reads any more: the interpreter would complain of it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_directory() -> None:
