@@ -87,6 +87,9 @@ class Engine:
         )
         config = _deepspeed_config(recipe, model, accumulation, persist)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if world.size == 1 and recipe.train.zero_stage == 0:
+            # There is nobody to average with, and DeepSpeed would still copy all gradients together and apart again.
+            self._deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self._deepspeed.module
         self._parameters = dict(self.module.named_parameters())
         stage = _STAGES[recipe.train.zero_stage]

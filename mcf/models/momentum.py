@@ -7,7 +7,7 @@ bfloat16 an average with m = 0.99 loses most of its updates to rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ class MomentumBranch(nn.Module):
         self.projector = copy.deepcopy(student.projector)
         self.requires_grad_(False)
         self.train()
-        self._snapshot = Snapshot(lambda: [*self.parameters(), *self.buffers()])
+        self._spare: list[Tensor] = []
+        self._moved = True  # since the last snapshot
+        self._saved_buffers: list[Tensor] = []
 
     def train(self, mode: bool = True) -> MomentumBranch:
         return super().train(True)
@@ -54,47 +56,45 @@ class MomentumBranch(nn.Module):
             KeyError: a parameter of this branch is not among them.
         """
         ours: dict[str, Tensor] = dict(self.named_parameters())
-        if POSITIONS in named_parameters:
-            ours[POSITIONS] = self.encoder.pos_embed
         theirs = [named_parameters[name] for name in ours]
-        if self.encoder.pos_embed.is_cuda:
-            torch._foreach_lerp_(list(ours.values()), theirs, 1 - m)
-            return
-        # On a CPU one pass or two cost little, and this form rounds as the reference's does, to the last bit.
-        for mine, other in zip(ours.values(), theirs):
-            mine.mul_(m).add_(other * (1 - m))
+        old, new = [p.data for p in ours.values()], [p.data for p in ours.values()]
+        if not self._moved:
+            # The first move since the snapshot goes into memory of its own: the old values stay, and no copy is made.
+            new = self._spare or [torch.empty_like(tensor) for tensor in old]
+            for parameter, tensor in zip(ours.values(), new):
+                parameter.data = tensor
+            self._spare, self._moved = old, True
+        _average(old, theirs, m, out=new)
+        if POSITIONS in named_parameters:
+            table = [self.encoder.pos_embed]
+            _average(table, [named_parameters[POSITIONS]], m, out=table)
 
     def snapshot(self) -> None:
         """Remember parameters and buffers as they are now, for `restore`."""
-        self._snapshot.take()
+        self._saved_buffers = [buffer.clone() for buffer in self.buffers()]
+        self._moved = False
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Go back to the last `snapshot`: a step that was not applied has changed nothing."""
-        self._snapshot.restore()
+        if self._moved:
+            if not self._spare:
+                raise RuntimeError("restore() before any snapshot()")
+            given_up = [parameter.data for parameter in self.parameters()]
+            for parameter, tensor in zip(self.parameters(), self._spare):
+                parameter.data = tensor
+            self._spare, self._moved = given_up, False
+        for buffer, saved in zip(self.buffers(), self._saved_buffers):
+            buffer.copy_(saved)
 
 
-class Snapshot:
-    """A copy of some tensors, in memory that is kept from the first `take` on.
-
-    `tensors` is asked each time: a module that moves to another device has other buffers afterwards.
-    """
-
-    def __init__(self, tensors: Callable[[], list[Tensor]]):
-        self._tensors = tensors
-        self._saved: list[Tensor] = []
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Remember the tensors as they are now."""
-        now = self._tensors()
-        self._saved = self._saved or [torch.empty_like(tensor) for tensor in now]
-        for saved, tensor in zip(self._saved, now):
-            saved.copy_(tensor)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Write back what was remembered."""
-        if not self._saved:
-            raise RuntimeError("restore() before anything was remembered")
-        for saved, tensor in zip(self._saved, self._tensors()):
-            tensor.copy_(saved)
+def _average(old: Sequence[Tensor], other: Sequence[Tensor], m: float, *, out: Sequence[Tensor]) -> None:
+    """out ← m·old + (1−m)·other, where `out` may be `old` itself."""
+    if old[0].is_cuda:
+        if out[0].data_ptr() != old[0].data_ptr():
+            torch._foreach_copy_(list(out), list(old))
+        torch._foreach_lerp_(list(out), list(other), 1 - m)
+        return
+    # On a CPU this form rounds as the reference's does, to the last bit.
+    for before, towards, after in zip(old, other, out):
+        torch.mul(before, m, out=after).add_(towards * (1 - m))
