@@ -589,3 +589,10 @@ def test_submitting_and_the_lock_of_a_job_that_waits(inside, monkeypatch, capsys
     assert "Slurm job 77 of this run is pending" in capsys.readouterr().err
     state.write_text("")
     assert launch.main(argv) == 0
+
+
+def test_missing_submitit_is_one_line(monkeypatch):
+    # None in sys.modules is how Python itself notes a package that cannot be imported.
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"^submitit is not installed, and launching needs it: pip install submitit$"):
+        launch._submitit()
