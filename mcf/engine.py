@@ -47,7 +47,7 @@ class StepResult:
 
 
 class Engine:
-    """Trains a module with AdamW under ZeRO stage 0, 1, 2 or 3.
+    """Trains a module with AdamW under ZeRO stage 0, 1, 2 or 3; on one rank always 0 (`stage` says which).
 
     The weights of rank 0 are copied to all ranks at construction. What copies the module (the momentum branch) is built
     before it, from the same seed on all ranks, since stage 3 leaves each rank only its pieces. Every parameter must be
@@ -85,15 +85,16 @@ class Engine:
             eps=recipe.optimizer.eps,
             fused=True,
         )
-        config = _deepspeed_config(recipe, model, accumulation, persist)
+        # One rank has nobody to split with: stages 1 to 3 would only keep a second copy of its weights.
+        self.stage = recipe.train.zero_stage if world.size > 1 else 0
+        config = _deepspeed_config(recipe, model, self.stage, accumulation, persist)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        if world.size == 1 and recipe.train.zero_stage == 0:
+        if world.size == 1:
             # There is nobody to average with, and DeepSpeed would still copy all gradients together and apart again.
             self._deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self._deepspeed.module
         self._parameters = dict(self.module.named_parameters())
-        stage = _STAGES[recipe.train.zero_stage]
-        self._stage: _Stage = stage(self._deepspeed, list(self._parameters.values()), world)
+        self._stage: _Stage = _STAGES[self.stage](self._deepspeed, list(self._parameters.values()), world)
         self._keep_buffers()
 
     @property
@@ -276,8 +277,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(recipe: Recipe, model: nn.Module, accumulation: int, persist: int | None) -> dict[str, Any]:
-    stage = recipe.train.zero_stage
+def _deepspeed_config(
+    recipe: Recipe, model: nn.Module, stage: int, accumulation: int, persist: int | None
+) -> dict[str, Any]:
     size = sum(parameter.numel() for parameter in model.parameters())
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(size, BUCKET)}
     if stage in (1, 2):

@@ -147,6 +147,12 @@ def test_gradient_norm_is_global_and_agreed(trained, size, stage, groups):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_splits_nothing(trained, stage):
+    assert trained[1][0][2, stage]["deepspeed_stage"] == 0
+    assert trained[2][0][2, stage]["deepspeed_stage"] == stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_full_parameters_are_the_saved_ones_on_all_ranks(trained, stage):
     saved = trained[2][0][6, stage]["states"][-1]
     for rank in trained[2]:
@@ -256,7 +262,7 @@ def test_missing_deepspeed_is_one_line(monkeypatch):
 
 def test_deepspeed_is_told_not_to_clip():
     """Its default clips at 1; the reference does not clip."""
-    assert _deepspeed_config(Recipe(), worker.Toy(0), 1, None)["gradient_clipping"] == 0
+    assert _deepspeed_config(Recipe(), worker.Toy(0), stage=1, accumulation=1, persist=None)["gradient_clipping"] == 0
 
 
 def assert_equal_bitwise(got: dict, expected: dict) -> None:

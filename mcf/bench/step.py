@@ -2,9 +2,8 @@
 
     images uint8 ──► masks ──► momentum branch ──► student ──► teacher twice ──► losses ──► backward ──► AdamW ──► EMA
 
-The step is the one that `mcf.train` runs, on one rank, through DeepSpeed (stage 0 unless train.zero_stage is given), and
-without accumulation. Images are noise and the teacher of the recipe's shape is random: numbers do not change the time of
-a step. With `compare=reference` both programs start from the same weights, see the same images and masks, and take turns
+The step is the one that `mcf.train` runs, on one rank, through DeepSpeed, and without accumulation. Images are noise and
+the teacher of the recipe's shape is random: numbers do not change the time of a step. With `compare=reference` both programs start from the same weights, see the same images and masks, and take turns
 step by step, so that a machine that slows down slows both. The losses of their first step must be equal, or the times
 mean nothing and the status is 1.
 """
@@ -88,9 +87,6 @@ def main(argv: list[str]) -> int:
     """The benchmark. Returns 0, or 1 if the two programs' losses differ."""
     if not any(word.startswith("recipe=") for word in argv):
         argv = [f"recipe={DEFAULT_RECIPE}", *argv]
-    if not any(word.startswith("train.zero_stage=") for word in argv):
-        # One rank has nothing to split; the flat copies of stage 1 cost 1.6 s of CPU time a step of ViT-B.
-        argv = [*argv, "train.zero_stage=0"]
     recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
     recipe = _with(recipe, config)
     if config.threads:

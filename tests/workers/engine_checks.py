@@ -91,7 +91,12 @@ def train(world, folder: Path) -> dict:
                 assert result.applied
                 norms.append(result.grad_norm)
                 states.append(run.engine.state_dict())
-            seen[groups, stage] = {"states": states, "norms": norms, "applied_steps": run.engine.applied_steps}
+            seen[groups, stage] = {
+                "states": states,
+                "norms": norms,
+                "applied_steps": run.engine.applied_steps,
+                "deepspeed_stage": run.engine._deepspeed.zero_optimization_stage(),
+            }
             with run.engine.full_parameters() as full:
                 seen[groups, stage]["full"] = {name: value.clone() for name, value in full.items()}
             if world.is_main:
