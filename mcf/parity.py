@@ -4,12 +4,18 @@
         ──► our network, momentum branch and objective with those weights, images and mask noise, in float32
         ──► a table of relative errors; status 1 if one is over the tolerance
 
+The heads' BatchNorm divides by the spread over a handful of samples, and so multiplies the last bit of the sums before it:
+some gradients of a golden step are not determined to 1e-5 by float32, and another processor, which adds in another order,
+finds others. Where an error is over the tolerance, the step is therefore repeated with every weight moved by one unit in its
+last place, up or down at random. What that moves in a number is what float32 leaves open in it, and no error.
+
 Widths, depths and heads come from the file. As many `rankN.safetensors` as there are, so many processes run (gloo):
 keys are gathered over ranks, gradients averaged, BatchNorm stays per rank.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -37,6 +43,10 @@ from mcf.weights.reference import from_reference, theirs
 INPUTS = ("u8", "noise_online", "noise_target")
 OUTPUTS = ("pred", "mask", "q", "k", "mim", "con", "loss")
 GRADIENT_FLOOR = 1e-3
+# Draws of last places: on the golden step each draw moves a gradient by about three times what another processor does.
+DRAWS = 4
+# A number that rounding moves by more than this cannot be judged: it does not pass.
+MOST_ROUNDING = 1e-3
 
 
 class Options(BaseModel):
@@ -65,11 +75,16 @@ class Golden:
 
 @dataclass(frozen=True)
 class Row:
-    """One compared tensor: rank, name in the file, relative error."""
+    """One compared tensor: rank, name in the file, relative error, and what float32 leaves open (0: not asked)."""
 
     rank: int
     name: str
     error: float
+    rounding: float = 0.0
+
+    def over(self, tolerance: float) -> bool:
+        """Whether neither the tolerance nor rounding explains the error; rounding explains up to MOST_ROUNDING."""
+        return self.error > max(tolerance, min(self.rounding, MOST_ROUNDING))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -234,17 +249,26 @@ def relative_error(ours: Tensor, golden: Tensor, floor: float = 0.0) -> float:
     difference = float((ours - golden).abs().max())
     if not math.isfinite(difference):
         return math.inf
-    return difference / max(float(golden.abs().max()), floor) if difference else 0.0
+    scale = max(float(golden.abs().max()), floor)
+    return difference / scale if scale else math.inf if difference else 0.0
 
 
-def run(folder: str | Path) -> list[Row]:
-    """The comparison of all ranks of a golden folder, each rank in a process of its own if there are several."""
+def run(folder: str | Path, tolerance: float = 1e-5) -> list[Row]:
+    """The comparison of all ranks of a golden folder, each rank in a process of its own if there are several.
+
+    Rows say what float32 leaves open where, without it, one of them would be over the tolerance.
+    """
     goldens = read(folder)
     _check_whole(goldens)
+    rows = _all_rows(folder, goldens, draws=0)
+    return _all_rows(folder, goldens, DRAWS) if any(row.over(tolerance) for row in rows) else rows
+
+
+def _all_rows(folder: str | Path, goldens: list[Golden], draws: int) -> list[Row]:
     if len(goldens) == 1:
-        return _rank_rows(goldens, 0)
+        return _rank_rows(goldens, 0, draws)
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(_rank_process, (str(folder), scratch, len(goldens)), nprocs=len(goldens))
+        torch.multiprocessing.spawn(_rank_process, (str(folder), scratch, len(goldens), draws), nprocs=len(goldens))
         return [Row(**row) for r in range(len(goldens)) for row in json.loads(_rows_file(scratch, r).read_text())]
 
 
@@ -265,23 +289,41 @@ def _before(goldens: list[Golden], golden: Golden) -> dict[str, Tensor]:
     return golden.under("before.") or goldens[0].under("before.")
 
 
-def _rank_rows(goldens: list[Golden], rank: int) -> list[Row]:
-    # BatchNorm over a handful of samples amplifies the last bit to 1e-4 of a gradient, so that only sums in the
-    # reference's order agree to 1e-5: its order is that of one thread.
+def _rank_rows(goldens: list[Golden], rank: int, draws: int) -> list[Row]:
+    # One thread: the reference's order of sums, as far as the processor has it too.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        golden = goldens[rank]
-        return compare(step(golden, _before(goldens, golden), rank, len(goldens)), golden, rank)
+        golden, world = goldens[rank], len(goldens)
+        before = _before(goldens, golden)
+        ours = step(golden, before, rank, world)
+        rows = compare(ours, golden, rank)
+        exact = dataclasses.replace(golden, tensors=golden.tensors | ours)
+        for draw in range(draws):
+            moved = compare(step(golden, one_ulp(before, draw), rank, world), exact, rank)
+            rows = [dataclasses.replace(r, rounding=max(r.rounding, m.error)) for r, m in zip(rows, moved)]
+        return rows
     finally:
         torch.set_num_threads(threads)
 
 
-def _rank_process(rank: int, folder: str, scratch: str, world: int) -> None:
+def one_ulp(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every number of the state but zeros moved to the next that its type can hold, up or down at random."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = dict(state)
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            up = torch.rand(tensor.shape, generator=generator) < 0.5
+            towards = torch.where(up, math.inf, -math.inf).to(tensor.dtype)
+            moved[name] = torch.where(tensor == 0, tensor, torch.nextafter(tensor, towards))
+    return moved
+
+
+def _rank_process(rank: int, folder: str, scratch: str, world: int, draws: int) -> None:
     # All ranks are on this machine, whatever its name resolves to.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=world)
-    rows = _rank_rows(read(folder), rank)
+    rows = _rank_rows(read(folder), rank, draws)
     _rows_file(scratch, rank).write_text(json.dumps([vars(row) for row in rows]))
     dist.destroy_process_group()
 
@@ -293,12 +335,19 @@ def _rows_file(scratch: str, rank: int) -> Path:
 def table(rows: list[Row], tolerance: float) -> str:
     """The rows as text, what is over the tolerance marked, and the worst of all in the last line."""
     width = max(len(row.name) for row in rows)
-    lines = [f"rank  {'tensor':{width}}  relative error"]
-    lines += [f"{r.rank:4}  {r.name:{width}}  {r.error:.1e}{'  OVER' if r.error > tolerance else ''}" for r in rows]
+    asked = any(row.rounding for row in rows)
+    lines = [f"rank  {'tensor':{width}}  relative error" + ("  left open by float32" if asked else "")]
+    for row in rows:
+        mark = "OVER" if row.over(tolerance) else "rounding" if row.error > tolerance else ""
+        open_by = f"         {row.rounding:.1e}" if asked else ""
+        lines.append(f"{row.rank:4}  {row.name:{width}}  {row.error:.1e}{open_by}  {mark}".rstrip())
     worst = max(rows, key=lambda row: row.error)
-    over = sum(row.error > tolerance for row in rows)
-    verdict = f"{over} over the tolerance" if over else "all within the tolerance"
-    lines.append(f"{len(rows)} tensors, worst {worst.error:.1e} ({worst.name}): {verdict} of {tolerance:g}")
+    over = sum(row.over(tolerance) for row in rows)
+    rounded = sum(row.error > tolerance for row in rows) - over
+    verdict = f"{len(rows) - over - rounded} within the tolerance of {tolerance:g}"
+    if rounded:
+        verdict += f", {rounded} within what float32 leaves open on this processor"
+    lines.append(f"{len(rows)} tensors, worst {worst.error:.1e} ({worst.name}): {verdict}, {over} over")
     return "\n".join(lines)
 
 
@@ -306,9 +355,9 @@ def table(rows: list[Row], tolerance: float) -> str:
 def main(argv: list[str]) -> int:
     """Compare one step with golden numbers; status 1 if a relative error is over the tolerance."""
     options = cli.parse(Options, argv, verb="parity")
-    rows = run(options.golden)
+    rows = run(options.golden, options.tolerance)
     print(table(rows, options.tolerance))
-    return int(any(row.error > options.tolerance for row in rows))
+    return int(any(row.over(options.tolerance) for row in rows))
 
 
 if __name__ == "__main__":
