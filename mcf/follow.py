@@ -1,8 +1,9 @@
-"""A job on this machine, followed to its end: what rank 0 says, ctrl-C, and how it ended.
+"""A run, followed to its end: what rank 0 says, ctrl-C, and how it ended. `python -m mcf.follow run=RUN` on Slurm.
 
 RUN/jobs/JOB_0_log.out ──► a terminal: the newest step line with a bar, everything else as lines above it
                            a file or a pipe: the lines as they are
 RUN/jobs/JOB_*_status.json ──► the exit status, and which rank failed first
+squeue, scontrol ──► where a Slurm job stands, and why it ended if no rank can say
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mcf.task import Status, kill_group, read_statuses
+from pydantic import Field
+
+from mcf import cli, lock, slurm
+from mcf.config import Section
+from mcf.errors import UserError
+from mcf.exits import INTERRUPTED, SAVED, USER_ERROR
+from mcf.task import JOBS, Status, kill_group, read_statuses
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -27,11 +34,32 @@ if TYPE_CHECKING:
     from mcf.track.console import Screen
 
 ERROR = "error: "  # how a verb begins the one line of a user's mistake, with which it ends with status 2
-USER_ERROR = 2
-POLL = 0.1  # seconds between two looks at a job
+POLL = 0.1  # seconds between two looks at a job's output
+ASK = 5.0  # seconds between two questions to Slurm's controller, which is everybody's
 
 
-def follow(job: Job[None], jobs: Path, run_dir: Path, stop: Stop) -> int:
+class FollowConfig(Section):
+    """Show what a run on Slurm prints until it has ended, through all its starts; ctrl-C ends only the looking on."""
+
+    run: str = Field(description="run directory")
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """Follow; exit status of the run."""
+    run_dir = Path(cli.parse(FollowConfig, argv, verb="follow").run)
+    if not run_dir.is_dir():
+        raise UserError(f"run={run_dir}: no such folder; give the run directory that mcf.launch named")
+    job = lock.owning_job(run_dir)
+    if job is None:
+        raise UserError(f"run={run_dir}: no Slurm job has this run; what its ranks printed is in {run_dir / JOBS}")
+    return follow_slurm(job, run_dir)
+
+
+# --- here -----------------------------------------------------------------------------------------------------------
+
+
+def follow(job: Job[None], run_dir: Path, stop: Stop) -> int:
     """Show rank 0's output until the job ends or has been stopped; the exit status of the run."""
     started = time.monotonic()
     with contextlib.closing(Output(Path(job.paths.stdout))) as output:
@@ -45,51 +73,126 @@ def follow(job: Job[None], jobs: Path, run_dir: Path, stop: Stop) -> int:
             stop.insist(str(job.job_id))
             time.sleep(POLL)
         output.show_new()
-    statuses = read_statuses(jobs, str(job.job_id))
-    took = f"after {time.monotonic() - started:.0f} s"
-    failed = [s for s in statuses if s.code != 0 and s.because is None]
-    if stop.asked:
+    return _report(run_dir, str(job.job_id), f"after {time.monotonic() - started:.0f} s", stop.asked > 0)
+
+
+# --- Slurm ----------------------------------------------------------------------------------------------------------
+
+
+def follow_slurm(job: str, run_dir: Path) -> int:
+    """Show rank 0's output and the job's way through the queue until it ends; the exit status of the run."""
+    started = time.monotonic()
+    shown, asked = "", 0.0
+    with contextlib.closing(Output(run_dir / JOBS / f"{job}_0_log.out")) as output:
+        try:
+            while True:
+                output.show_new()
+                if time.monotonic() - asked > ASK:
+                    asked = time.monotonic()
+                    try:
+                        now = slurm.state(job)
+                    except slurm.NoAnswer as error:
+                        now = f"not known, Slurm does not answer: {error}"
+                    if now != shown:
+                        _say(f"job {job}: {now or 'over'}")
+                    shown = now
+                    if not now:
+                        break
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            _say(f"\nthe job goes on; to end it: scancel --signal=INT {job}")
+            return INTERRUPTED
+        output.show_new()
+    return _report_slurm(job, run_dir, f"after {time.monotonic() - started:.0f} s")
+
+
+def _report_slurm(job: str, run_dir: Path, took: str) -> int:
+    try:
+        found = slurm.show(job)
+    except slurm.NoAnswer:
+        found = {}
+    ending = found.get("JobState", "")
+    if ending in ("", "COMPLETED", "FAILED") and read_statuses(run_dir / JOBS, job):
+        return _report(run_dir, job, took, False)
+    log = run_dir / JOBS / f"{job}_0_log.out"
+    words = {
+        "": "is over, and nothing tells how",
+        "CANCELLED": "was cancelled",
+        "TIMEOUT": "came to its time limit without a save; use more slurm.warn_seconds",
+    }
+    how = words.get(ending, f"ended as {ending}, {found.get('Reason')}, exit code {found.get('ExitCode')}")
+    if found.get("Reason") == "JobLaunchFailure" or not log.exists():
+        where = found.get("BatchHost") or "its node"
+        how += f": {where} does not see {run_dir}; output= must lie on a file system that every node mounts"
+    elif told(log):
+        # The batch script has said it, and it has been shown.
+        return USER_ERROR
+    print(f"error: job {job} {how} ({took}); log: {log}", file=sys.stderr, flush=True)
+    return 1
+
+
+# --- how it ended ---------------------------------------------------------------------------------------------------
+
+
+def _report(run_dir: Path, job: str, took: str, asked: bool) -> int:
+    statuses = read_statuses(run_dir / JOBS, job)
+    if asked or (statuses and all(s.code == SAVED for s in statuses)):
         _say(f"stopped {took}; launch again to go on: {run_dir}")
-        return 130
-    if not failed and statuses:
+        return INTERRUPTED
+    first = first_to_fail(statuses)
+    if first is None and statuses:
         _say(f"ended {took}: {run_dir}")
         return 0
-    return _report_failure(sorted(failed, key=lambda s: s.ended or float("inf")), jobs, str(job.job_id), took)
+    return _report_failure(first, statuses, run_dir / JOBS, job, took)
 
 
-def _report_failure(failed: list[Status], jobs: Path, job: str, took: str) -> int:
-    if not failed:
+def first_to_fail(statuses: list[Status]) -> Status | None:
+    """The rank whose end was the reason of all others'; None if none failed."""
+    failed = [s for s in statuses if s.code not in (0, SAVED) and s.because is None]
+    return min(failed, key=lambda s: s.ended or float("inf"), default=None)
+
+
+def describe_end(status: Status) -> tuple[str, int]:
+    """How a rank that failed ended, in words, and the exit status that a shell would give it."""
+    if status.code is None:
+        how, code = "vanished without a word (its processes were killed)", 1
+    elif status.code < 0:
+        name = signal.Signals(-status.code).name
+        how, code = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), 128 - status.code
+    else:
+        how, code = f"ended with status {status.code}", status.code
+    return f"rank {status.rank} {how}", code
+
+
+def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, job: str, took: str) -> int:
+    if first is None:
         print(f"error: the ranks did not start ({took}); see {jobs}", file=sys.stderr)
         return 1
-    first = failed[0]
     log = jobs / f"{job}_{first.rank}_log.out"
-    if first.code == USER_ERROR and (told := _told(log)):
+    if first.code == USER_ERROR and (said := told(log)):
         # The rank has said in one line what is to be done; what rank 0 said has been printed.
-        if told != _told(jobs / f"{job}_0_log.out"):
-            print(f"{told} (rank {first.rank})", file=sys.stderr)
+        if said != told(jobs / f"{job}_0_log.out"):
+            print(f"{said} (rank {first.rank})", file=sys.stderr)
         print(f"stopped {took}; log: {log}", flush=True)
         return USER_ERROR
-    if first.rank and not any(s.rank == 0 and s.code == first.code for s in failed):
+    if first.rank and not any(s.rank == 0 and s.code == first.code and s.because is None for s in statuses):
         print(f"--- the last lines of rank {first.rank}:")
         with contextlib.suppress(OSError):
             print("\n".join(log.read_text(errors="replace").splitlines()[-20:]))
-    if first.code is None:
-        how, code = "vanished without a word (its processes were killed)", 1
-    elif first.code < 0:
-        name = signal.Signals(-first.code).name
-        how, code = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), 128 - first.code
-    else:
-        how, code = f"ended with status {first.code}", first.code
-    print(f"error: rank {first.rank} {how} {took}; its log: {log}", file=sys.stderr, flush=True)
+    how, code = describe_end(first)
+    print(f"error: {how} {took}; its log: {log}", file=sys.stderr, flush=True)
     return code
 
 
-def _told(log: Path) -> str:
-    """The error that a rank ended its log with; empty if it did not."""
+def told(log: Path) -> str:
+    """The error line that a rank ended its log with; empty if it did not."""
     with contextlib.suppress(OSError):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR)]
         return lines[-1] if lines else ""
     return ""
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
 
 
 class Output:
@@ -204,3 +307,7 @@ class Stop:
         # The job's number is its controller's, which passes it on; again and again, since one may come too early.
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(job), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
