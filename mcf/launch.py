@@ -44,10 +44,10 @@ class LaunchConfig(Section):
     For example: python -m mcf.launch recipe=vit_b_20m data.path=SHARDS teacher.path=moco_v3.pth.tar nodes=4
     """
 
-    mode: Literal["local", "slurm", "print", "prepare"] | None = Field(
-        None,
-        description="run on this machine; submit to Slurm; only show plan and job script; or, for a batch script of one's "
-        "own, only write the run directory and print its name. Default: slurm where there is sbatch, else local",
+    mode: Literal["auto", "local", "slurm", "print", "prepare"] = Field(
+        "auto",
+        description="local: run on this machine; slurm: submit; auto: slurm where there is sbatch, else local; print: only "
+        "show plan and job script; prepare: only write the run directory and print its name, for batch scripts",
     )
     follow: bool = Field(False, description="on Slurm: show what the run prints until it has ended, as mcf.follow does")
 
@@ -60,39 +60,43 @@ def main(argv: list[str]) -> int:
 
 def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.0) -> int:
     """Launch `command run=RUN_DIR` on every rank; see `main`. After a rank has died the others have `grace` seconds."""
+    job = os.environ.get("SLURM_JOB_ID") if "mode=prepare" in argv else None
+    if job and (begun := begun_before(job)):
+        with RunLock(begun, job) as lock:
+            lock.add(slurm_job=job)
+        print(begun)
+        return 0
     recipe, config = cli.load(argv, LaunchConfig, verb="launch")
     recipe = absolute_paths(recipe)
-    mode = config.mode or ("slurm" if slurm.available() else "local")
+    mode = ("slurm" if slurm.available() else "local") if config.mode == "auto" else config.mode
     if mode == "local" and recipe.nodes > 1:
         raise UserError(
             f"nodes={recipe.nodes} with mode=local, which is this machine alone; use nodes=1 (and gpus_per_node for the "
             "ranks), or mode=slurm"
         )
-    run_dir = Path(recipe.output) / recipe.name
-    # In mode=prepare the name of the run directory is all that a script reads.
-    told = sys.stderr if mode == "prepare" else sys.stdout
-    job = os.environ.get("SLURM_JOB_ID") if mode == "prepare" else None
-    again = job is not None and restarts(os.environ) > 0 and (run_dir / RECIPE).is_file()
-    if not again:
-        if mode != "print":
-            check_inputs(recipe)
-        plan = make_plan(recipe, count_samples(recipe))
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
-        why = (
-            "" if config.mode else " (there is no sbatch on this machine)" if mode == "local" else " (sbatch is there)"
-        )
-        print(*plan.lines(width), f"{'mode':<16}{mode}{why}\n", sep="\n", file=told, flush=True)
+    if mode != "print":
+        check_inputs(recipe)
+    plan = make_plan(recipe, count_samples(recipe))
+    # Of mode=prepare a script reads the run directory, and nothing else.
+    out = sys.stderr if mode == "prepare" else sys.stdout
+    print(*plan.lines(shutil.get_terminal_size().columns if out.isatty() else 1000), sep="\n", file=out)
+    why = (
+        {"local": " (there is no sbatch on this machine)", "slurm": " (sbatch is there)"}[mode]
+        if config.mode == "auto"
+        else ""
+    )
+    print(f"{'mode':<16}{mode}{why}\n", file=out, flush=True)
+    run_dir = plan.run_dir
     if mode == "print":
         print(job_script(recipe, run_dir))
         return 0
     make_folder(run_dir)
     with RunLock(run_dir, job) as lock:
-        if job:
-            lock.add(slurm_job=job)
-        # A job that Slurm starts again goes on with the code and the recipe that it began with.
-        if not again:
-            prepare(run_dir, recipe, told)
+        prepare(run_dir, recipe, out)
         if mode == "prepare":
+            if job:
+                lock.add(slurm_job=job)
+                slurm.set_comment(job, str(run_dir))
             print(run_dir)
             return 0
         task = Rank((*command, f"run={run_dir}"), run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"), grace)
@@ -110,6 +114,17 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
         flush=True,
     )
     return follow_slurm(number, run_dir) if config.follow else 0
+
+
+def begun_before(job: str) -> Path | None:
+    """Run directory of a job that Slurm starts again; None at its first start.
+
+    It goes on with the code and the recipe that it began with, whatever has become of the files they came from.
+    """
+    if not restarts(os.environ):
+        return None
+    run_dir = Path(slurm.comment(job) or ".")
+    return run_dir if (run_dir / RECIPE).is_file() and (run_dir / "code").is_dir() else None
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------

@@ -68,6 +68,23 @@ def requeue(job: str, patience: float = 1800.0) -> None:
         time.sleep(RETRY)
 
 
+def comment(job: str) -> str:
+    """The comment that a job carries; "" if it has none or Slurm does not answer."""
+    try:
+        said = _run("squeue", "--noheader", f"--jobs={job}", "--format=%k").stdout.strip()
+    except NoAnswer:
+        return ""
+    return "" if said == "(null)" else said
+
+
+def set_comment(job: str, text: str) -> bool:
+    """Have a job carry a comment, which squeue shows (%k); whether Slurm took it."""
+    try:
+        return _run("scontrol", "update", f"JobId={job}", f"Comment={text}").returncode == 0
+    except NoAnswer:
+        return False
+
+
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
