@@ -50,6 +50,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,bf_interval=2
 ReturnToService=2
 JobRequeue=1
+EnforcePartLimits=ALL
 KillWait=30
 OverTimeLimit=0
 SlurmdTimeout=15
