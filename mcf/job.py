@@ -23,9 +23,9 @@ from pydantic import Field
 
 from mcf import checkpoint, cli, slurm
 from mcf.config import Section
+from mcf.ending import describe_end, first_to_fail, told
 from mcf.errors import UserError
 from mcf.exits import SAVED, USER_ERROR
-from mcf.follow import describe_end, first_to_fail, told
 from mcf.task import JOBS, read_statuses, restarts
 from mcf.track.jsonl import EVENTS, Writer, read
 

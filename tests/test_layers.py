@@ -38,11 +38,13 @@ ARROWS = {
     "mcf.slurm": {"mcf.errors"},
     "mcf.lock": {"mcf.errors", "mcf.slurm"},
     "mcf.task": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.exits", "mcf.lock"},
+    "mcf.output": {"mcf.track.console"},
+    "mcf.ending": {"mcf.exits", "mcf.output", "mcf.task"},
     "mcf.follow": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.exits", "mcf.lock", "mcf.slurm", "mcf.task", "mcf.track.console",
+        "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.lock", "mcf.output", "mcf.slurm", "mcf.task",
     },
     "mcf.job": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.errors", "mcf.exits", "mcf.follow", "mcf.slurm", "mcf.task",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.slurm", "mcf.task",
         "mcf.track.jsonl",
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
