@@ -91,14 +91,16 @@ def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
         if first.code == -signal.SIGINT:
             return status  # asked to end before it could save
     why = "saved" if saved else describe_end(first)[0] if first else f"srun ended with status {status}"
+    # Told to stop before it could listen (Python takes a while to start): no fault of the run's.
+    failed = not saved and not (first and first.code in (-signal.SIGUSR2, -signal.SIGTERM))
     if reason := _left_alone(job, start):
         print(f"{why}; {reason}", flush=True)
         return status
     step = _newest_step(run_dir)
-    if refusal := _refusal(run_dir, saved, start, step):
+    if refusal := _refusal(run_dir, failed, start, step):
         raise UserError(f"{why}; {refusal}")
     print(f"{why}; job {job} goes back to the queue, to go on from step {step}", flush=True)
-    _note(run_dir, {"job": job, "start": start, "why": why, "saved": saved, "step": step})
+    _note(run_dir, {"job": job, "start": start, "why": why, "failed": failed, "step": step})
     slurm.requeue(job)
     time.sleep(60)  # Slurm ends this process
     return 0
@@ -123,15 +125,15 @@ def _left_alone(job: str, start: int) -> str:
     return "Slurm has ended this start of the job, or requeues it itself"
 
 
-def _refusal(run_dir: Path, saved: bool, start: int, step: int) -> str:
+def _refusal(run_dir: Path, failed: bool, start: int, step: int) -> str:
     """Why the job does not go back to the queue, and what to do; "" if it does."""
     most = cli.load_recipe([f"recipe={run_dir / 'recipe.yaml'}"], verb="job").slurm.max_requeues
     if start >= most:
         return f"not requeued again: slurm.max_requeues={most}; launch again to go on from step {step}"
-    if saved:
+    if not failed:
         return ""
     before = [event for event in read(run_dir / EVENTS) if event["kind"] == "requeued"][-(IN_VAIN - 1) :]
-    in_vain = [event for event in before if not event["saved"] and event["step"] == step]
+    in_vain = [event for event in before if event["failed"] and event["step"] == step]
     if len(in_vain) == IN_VAIN - 1:
         return f"not requeued: it failed {IN_VAIN} times in a row at step {step} without a new checkpoint; see {run_dir / JOBS}"
     return ""
