@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from mcf.guard import Guard
 from mcf.meters import Meters
 from mcf.plan import make_plan
 from mcf.step import Outcome, Step
+from mcf.stop import StopSignal
 from mcf.track import Tracker
 from mcf.track.images import reconstruction_grid
 from mcf.weights import load_teacher
@@ -179,30 +179,6 @@ class Training:
             arrays = images.numpy(), mask.numpy(), pred.float().numpy()
             grid = reconstruction_grid(*arrays, self.recipe.model.patch_size)
             tracker.image(self.progress.step, "reconstruction", grid)
-
-
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR2 set a flag; the loop saves and ends at the next step. A second SIGINT is obeyed.
-
-    SIGINT is somebody's wish to end the run for good; the others come from a system that wants its machine back.
-    """
-
-    def __init__(self):
-        self.received = self.for_good = False
-        self._since = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _frame) -> None:
-        # Slurm signals a task and what it started, which is passed the same once more: that is no second ctrl-C.
-        if number == signal.SIGINT and self.for_good and time.monotonic() - self._since > 1:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and not self.for_good:
-            self.for_good, self._since = True, time.monotonic()
-        if self.received:
-            return
-        self.received = True
-        log.warning("%s: saving and stopping at the end of this step", signal.Signals(number).name)
 
 
 @cli.main

@@ -63,6 +63,7 @@ ARROWS = {
     "mcf.distributed": {"mcf.errors"},
     "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors"},
     "mcf.checkpoint": {"mcf.errors"},
+    "mcf.stop": set(),
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},
     "mcf.step": {
@@ -72,7 +73,7 @@ ARROWS = {
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
-        "mcf.meters", "mcf.plan", "mcf.state", "mcf.step", "mcf.track", "mcf.weights",
+        "mcf.meters", "mcf.plan", "mcf.state", "mcf.step", "mcf.stop", "mcf.track", "mcf.weights",
     },
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},

@@ -11,6 +11,7 @@ import pytest
 
 from mcf import lock, task
 from mcf.errors import UserError
+from mcf.stop import AGAIN, StopSignal
 
 STEP = {
     "SLURM_JOB_ID": "77",
@@ -112,14 +113,12 @@ def handlers():
 
 def test_one_sigint_that_comes_twice_is_one(handlers):
     """Slurm signals a task and its child, and the task passes it on: only a later one is a second ctrl-C."""
-    from mcf.train import StopSignal
-
     stop = StopSignal()
     os.kill(os.getpid(), signal.SIGUSR2)
     assert (stop.received, stop.for_good) == (True, False)
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.for_good
-    time.sleep(1.1)
+    time.sleep(AGAIN + 0.1)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
