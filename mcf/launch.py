@@ -3,7 +3,8 @@
     recipe ──► plan, printed ──► RUN/recipe.yaml, RUN/code (a copy of the code) ──► submitit ──► one task a rank (task.py)
 
 Here (mode=local) the ranks are processes of this machine, two of them train on CPU over gloo; their output is followed
-until the end, and ctrl-C lets them save first. Launched again under the same name, a run goes on from its last checkpoint.
+until the end, and ctrl-C lets them save first. On Slurm (mode=slurm, submit.py) they are tasks of a job, and this returns
+at once. Launched again under the same name, a run goes on from its last checkpoint.
 Imports neither torch nor anything that does: a login node answers at once.
 """
 
@@ -20,24 +21,20 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
-from mcf import cli, snapshot
+from mcf import cli, slurm, snapshot
 from mcf.config import Recipe, Section
-from mcf.errors import UserError, missing_package
-from mcf.follow import Stop, follow
+from mcf.errors import UserError
+from mcf.follow import Stop, follow, follow_slurm
 from mcf.lock import RunLock
 from mcf.plan import make_plan
-from mcf.task import Rank
+from mcf.submit import job_script, need_submitit, python_path, submit
+from mcf.task import JOBS, PORTS, TRAIN, Rank, restarts
 
-if TYPE_CHECKING:
-    from submitit import SlurmExecutor
-
-TRAIN = (sys.executable, "-u", "-m", "mcf.train")
 RECIPE = "recipe.yaml"
-JOBS = "jobs"
 YEAR = 366 * 24 * 60  # minutes: a local job has no time limit, but submitit wants one
 
 
@@ -47,11 +44,12 @@ class LaunchConfig(Section):
     For example: python -m mcf.launch recipe=vit_b_20m data.path=SHARDS teacher.path=moco_v3.pth.tar nodes=4
     """
 
-    mode: Literal["local", "slurm", "print"] | None = Field(
-        None,
-        description="run on this machine, submit to Slurm, or only show plan and job script; default: slurm where there is "
-        "sbatch, else local",
+    mode: Literal["auto", "local", "slurm", "print", "prepare"] = Field(
+        "auto",
+        description="local: run on this machine; slurm: submit; auto: slurm where there is sbatch, else local; print: only "
+        "show plan and job script; prepare: only write the run directory and print its name, for batch scripts",
     )
+    follow: bool = Field(False, description="on Slurm: show what the run prints until it has ended, as mcf.follow does")
 
 
 @cli.main
@@ -62,9 +60,15 @@ def main(argv: list[str]) -> int:
 
 def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.0) -> int:
     """Launch `command run=RUN_DIR` on every rank; see `main`. After a rank has died the others have `grace` seconds."""
+    job = os.environ.get("SLURM_JOB_ID") if "mode=prepare" in argv else None
+    if job and (begun := begun_before(job)):
+        with RunLock(begun, job) as lock:
+            lock.add(slurm_job=job)
+        print(begun)
+        return 0
     recipe, config = cli.load(argv, LaunchConfig, verb="launch")
     recipe = absolute_paths(recipe)
-    mode = config.mode or ("slurm" if shutil.which("sbatch") else "local")
+    mode = ("slurm" if slurm.available() else "local") if config.mode == "auto" else config.mode
     if mode == "local" and recipe.nodes > 1:
         raise UserError(
             f"nodes={recipe.nodes} with mode=local, which is this machine alone; use nodes=1 (and gpus_per_node for the "
@@ -73,19 +77,54 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
     if mode != "print":
         check_inputs(recipe)
     plan = make_plan(recipe, count_samples(recipe))
-    print(*plan.lines(shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000), sep="\n")
-    why = "" if config.mode else " (there is no sbatch on this machine)" if mode == "local" else " (sbatch is there)"
-    print(f"{'mode':<16}{mode}{why}\n", flush=True)
+    # Of mode=prepare a script reads the run directory, and nothing else.
+    out = sys.stderr if mode == "prepare" else sys.stdout
+    print(*plan.lines(shutil.get_terminal_size().columns if out.isatty() else 1000), sep="\n", file=out)
+    why = (
+        {"local": " (there is no sbatch on this machine)", "slurm": " (sbatch is there)"}[mode]
+        if config.mode == "auto"
+        else ""
+    )
+    print(f"{'mode':<16}{mode}{why}\n", file=out, flush=True)
+    run_dir = plan.run_dir
     if mode == "print":
-        print(job_script(recipe, plan.run_dir))
+        print(job_script(recipe, run_dir))
         return 0
-    make_folder(plan.run_dir)
-    with RunLock(plan.run_dir) as lock:
-        prepare(plan.run_dir, recipe)
-        task = Rank(
-            (*command, f"run={plan.run_dir}"), plan.run_dir / JOBS, os.environ.get("CUDA_VISIBLE_DEVICES"), grace
-        )
-        return (run_here if mode == "local" else submit)(recipe, plan.run_dir, task, lock)
+    make_folder(run_dir)
+    with RunLock(run_dir, job) as lock:
+        prepare(run_dir, recipe, out)
+        if mode == "prepare":
+            if job:
+                lock.add(slurm_job=job)
+                slurm.set_comment(job, str(run_dir))
+            print(run_dir)
+            return 0
+        task = Rank((*command, f"run={run_dir}"), run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"), grace)
+        if mode == "local":
+            return run_here(recipe, run_dir, task, lock)
+        with _directory(run_dir):
+            number = submit(recipe, run_dir, task)
+        lock.add(slurm_job=number)
+    print(
+        f"Slurm job {number}: {run_dir}",
+        f"  follow  python -m mcf.follow {shlex.quote(f'run={run_dir}')}",
+        f"  stop    scancel --signal=INT {number}    (it saves and ends; scancel {number} ends it at once)",
+        f"  resume  python -m mcf.launch {shlex.join(argv)}",
+        sep="\n",
+        flush=True,
+    )
+    return follow_slurm(number, run_dir) if config.follow else 0
+
+
+def begun_before(job: str) -> Path | None:
+    """Run directory of a job that Slurm starts again; None at its first start.
+
+    It goes on with the code and the recipe that it began with, whatever has become of the files they came from.
+    """
+    if not restarts(os.environ):
+        return None
+    run_dir = Path(slurm.comment(job) or ".")
+    return run_dir if (run_dir / RECIPE).is_file() and (run_dir / "code").is_dir() else None
 
 
 # --- before anything starts -----------------------------------------------------------------------------------------
@@ -156,13 +195,11 @@ def make_folder(run_dir: Path) -> None:
         raise UserError(f"output={run_dir.parent}: {run_dir} cannot be made ({error.strerror}); set output=") from None
 
 
-def prepare(run_dir: Path, recipe: Recipe) -> None:
+def prepare(run_dir: Path, recipe: Recipe, out: TextIO) -> None:
     """Write the resolved recipe and a copy of the code; say what changed since the last launch."""
     file = run_dir / RECIPE
     if file.is_file():
-        print(f"going on with {run_dir}")
-        for line in changes(file, recipe):
-            print(line)
+        print(f"going on with {run_dir}", *changes(file, recipe), sep="\n", file=out, flush=True)
     snapshot.take(run_dir)
     staged = file.with_suffix(".tmp")
     staged.write_text(cli.dump(recipe))
@@ -184,12 +221,12 @@ def changes(file: Path, recipe: Recipe) -> list[str]:
 
 def run_here(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
     """Run all ranks on this machine and follow rank 0; the exit status of the run."""
-    submitit = _submitit()
+    submitit = need_submitit()
     jobs = run_dir / JOBS
     executor = submitit.LocalExecutor(jobs)
     executor.update_parameters(tasks_per_node=recipe.gpus_per_node, timeout_min=YEAR, stderr_to_stdout=True)
     variables = {
-        "PYTHONPATH": _python_path(run_dir),
+        "PYTHONPATH": python_path(run_dir),
         "MASTER_PORT": str(_free_port()),
         "SUBMITIT_LOG_LEVEL": "ERROR",
     }
@@ -198,96 +235,20 @@ def run_here(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
         with submitit.helpers.clean_env(), _environment(variables), _directory(run_dir), _ignoring(signal.SIGINT):
             job = executor.submit(task)
         lock.add(pid=int(job.job_id))
-        return follow(job, jobs, run_dir, stop)
+        return follow(job, run_dir, stop)
 
 
 def _free_port() -> int:
     """A port to meet at, below Linux's dynamic ports (32768 on) so that no outgoing connection takes it."""
     for _ in range(100):
-        port = random.SystemRandom().randint(20_000, 32_000)
+        port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
     raise UserError("no free port between 20000 and 32000 on this machine; stop what holds them")
 
 
-# --- Slurm ----------------------------------------------------------------------------------------------------------
-
-
-def submit(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
-    """Hand the run to Slurm, and say where to look."""
-    submitit = _submitit()
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError("mode=slurm, but sbatch and srun are not on this machine; use mode=local, or a login node")
-    executor = slurm_executor(recipe, run_dir)
-    with submitit.helpers.clean_env(), _directory(run_dir):
-        try:
-            job = executor.submit(task)
-        except submitit.core.utils.FailedJobError as error:
-            raise UserError(f"sbatch refused the job: {error}; see slurm.* in --help") from None
-    lock.add(slurm_job=job.job_id)
-    print(f"Slurm job {job.job_id}; follow it with: tail -F {job.paths.stdout}", flush=True)
-    return 0
-
-
-def job_script(recipe: Recipe, run_dir: Path) -> str:
-    """The sbatch script that mode=slurm would submit."""
-    executor = slurm_executor(recipe, run_dir)
-    # submitit's own steps, short of writing the file: there is no public way to see the script.
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "plan"))
-
-
-def slurm_executor(recipe: Recipe, run_dir: Path) -> SlurmExecutor:
-    """submitit's executor with what the recipe asks of Slurm."""
-    submitit = _submitit()
-
-    class Executor(submitit.SlurmExecutor):  # type: ignore[misc, name-defined]
-        """Does not ask for srun: a script can be shown where there is none."""
-
-        @classmethod
-        def affinity(cls) -> int:
-            return 2
-
-    slurm = recipe.slurm
-    asked = {
-        "job_name": recipe.name,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "mem": slurm.mem,
-        "time": slurm.time,
-        "nodes": recipe.nodes,
-        "ntasks_per_node": recipe.gpus_per_node,
-        "gpus_per_node": recipe.gpus_per_node,
-        "cpus_per_task": slurm.cpus_per_task,
-        "signal_delay_s": slurm.warn_seconds,
-        "stderr_to_stdout": True,
-        "additional_parameters": {"chdir": str(run_dir), **{k: v for k, v in slurm.extra.items() if v is not False}},
-        # Without it the others wait for a dead rank until the time limit.
-        "srun_args": ["--kill-on-bad-exit=1"],
-        "setup": [f"export PYTHONPATH={shlex.quote(_python_path(run_dir))}", "export SUBMITIT_LOG_LEVEL=ERROR"],
-    }
-    executor = Executor(run_dir / JOBS, max_num_timeout=slurm.max_requeues)
-    executor.update_parameters(**{name: value for name, value in asked.items() if value is not None})
-    return executor
-
-
 # --- surroundings ---------------------------------------------------------------------------------------------------
-
-
-def _submitit() -> Any:
-    try:
-        import submitit
-        import submitit.helpers
-    except ImportError:
-        raise missing_package("submitit", "launching") from None
-    return submitit
-
-
-def _python_path(run_dir: Path) -> str:
-    before = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(run_dir / "code"), *([before] if before else [])])
 
 
 @contextlib.contextmanager

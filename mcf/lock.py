@@ -2,6 +2,9 @@
 
 The file stays when the run ends; who is named in it and no longer lives owns nothing. So a killed launcher blocks
 nobody, and two launches at the same moment cannot both win: the file is read and written under flock.
+
+A Slurm job may start several times. A node that Slurm has lost may still run the job's former start while the next one
+begins elsewhere: `claim` makes the newest start the owner, and who is not it any more (`holds`) must end.
 """
 
 from __future__ import annotations
@@ -10,9 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from mcf import slurm
 from mcf.errors import UserError
 
 LOCK = "lock.json"
@@ -29,18 +31,17 @@ class RunLock:
     """Ownership of a run directory, as a context manager.
 
     Raises UserError on entry if somebody who lives owns it. `add` names further processes, or the Slurm job, that own
-    it together with this process; a Slurm job goes on owning it after exit.
+    it together with this process; a Slurm job goes on owning it after exit. Inside of `job`, that job owns it already.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, job: str | None = None):
         self.path = run_dir / LOCK
+        self._job = job
         self._owner: dict[str, Any] = {}
 
     def __enter__(self) -> RunLock:
-        with self._open() as file:
-            owner = _read(file)
-            if reason := _alive(owner, self.path):
-                raise UserError(f"{self.path.parent}: {reason}; wait, stop it, or launch under another name=…")
+        with _open(self.path) as file:
+            _refuse_if_owned(_read(file), self.path, self._job)
             self._owner = {"host": socket.gethostname(), "since": time.time(), "processes": [_identity(os.getpid())]}
             _write(file, self._owner)
         return self
@@ -51,19 +52,57 @@ class RunLock:
             self._owner["processes"].append(_identity(pid))
         if slurm_job is not None:
             self._owner["slurm_job"] = slurm_job
-        with self._open() as file:
+        with _open(self.path) as file:
             _write(file, self._owner)
 
     def __exit__(self, *_: object) -> None:
         left = {k: v for k, v in self._owner.items() if k != "processes"} if "slurm_job" in self._owner else {}
-        with contextlib.suppress(OSError), self._open() as file:
+        with contextlib.suppress(OSError), _open(self.path) as file:
             _write(file, left)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[TextIO]:
-        with self.path.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
+
+def claim(run_dir: Path, job: str, start: int, patience: float = 60.0) -> None:
+    """Make start number `start` of a Slurm job the owner, in place of the job's former starts.
+
+    A launch that has submitted the job may not have named it yet; it is given `patience` seconds for that. Raises
+    UserError if another job, or a launch on some machine, owns the directory.
+    """
+    path = run_dir / LOCK
+    deadline = time.monotonic() + patience
+    while True:
+        with _open(path) as file:
+            owner = _read(file)
+            if not owner.get("processes") or "slurm_job" in owner or time.monotonic() > deadline:
+                _refuse_if_owned(owner, path, job)
+                _write(file, {"host": socket.gethostname(), "since": time.time(), "slurm_job": job, "start": start})
+                return
+        time.sleep(0.2)
+
+
+def holds(run_dir: Path, job: str, start: int) -> bool:
+    """Whether that start still is the owner; True where the file cannot be read just now."""
+    try:
+        owner = json.loads((run_dir / LOCK).read_text())
+        return owner["slurm_job"] == job and owner.get("start", start) == start
+    except KeyError:
+        return False
+    except (OSError, ValueError):
+        return True  # being written at this moment, or a file system that pauses
+
+
+def owning_job(run_dir: Path) -> str | None:
+    """The Slurm job that owned the directory last; None if that was no Slurm job."""
+    try:
+        return json.loads((run_dir / LOCK).read_text()).get("slurm_job")
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def _read(file: TextIO) -> dict[str, Any]:
@@ -84,11 +123,21 @@ def _write(file: TextIO, owner: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _alive(owner: dict[str, Any], path: Path) -> str:
-    """Who owns the directory, in words; empty if nobody who lives."""
-    if job := owner.get("slurm_job"):
-        state = _slurm_state(str(job))
-        return f"Slurm job {job} of this run is {state}" if state else ""
+def _refuse_if_owned(owner: dict[str, Any], path: Path, job: str | None) -> None:
+    if reason := _alive(owner, path, job):
+        raise UserError(f"{path.parent}: {reason}; wait, stop it, or launch under another name=…")
+
+
+def _alive(owner: dict[str, Any], path: Path, job: str | None) -> str:
+    """Who owns the directory, in words; empty if nobody who lives, or `job`."""
+    if other := owner.get("slurm_job"):
+        if other == job:
+            return ""
+        try:
+            state = slurm.state(other)
+        except slurm.NoAnswer as error:
+            return f"whether Slurm job {other} of this run lives is not known ({error})"
+        return f"Slurm job {other} of this run is {state}" if state else ""
     if not owner.get("processes"):
         return ""
     host = owner.get("host")
@@ -113,11 +162,3 @@ def _same(process: dict[str, Any]) -> bool:
         return abs(found.create_time() - process["started"]) < 2 and found.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _slurm_state(job: str) -> str:
-    """State of a job that is queued or runs; empty if it is over or unknown to Slurm."""
-    if shutil.which("squeue") is None:
-        return "of unknown state, since squeue is not on this machine"
-    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
-    return done.stdout.strip().lower()

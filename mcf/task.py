@@ -1,7 +1,9 @@
-"""What submitit runs once a rank: the training process, watched.
+"""One rank of a run: the training process, watched. submitit runs it, or `srun python -m mcf.task run=RUN` does.
 
-    submitit's task ──► RANK, WORLD_SIZE, MASTER_ADDR, … ──► python -m mcf.train run=RUN
-           └─ passes signals on, writes RUN/jobs/JOB_RANK_status.json, ends it when another local rank has died
+    task ──► RANK, WORLD_SIZE, MASTER_ADDR, … ──► python -m mcf.train run=RUN
+      └─ passes signals on, writes RUN/jobs/JOB_RANK_status.json
+         here: ends it when another rank of this machine has died
+         under Slurm: ends it when a later start of the job has begun elsewhere (lock.py)
 
 On one machine nobody else would notice that a rank is gone while its peers wait for it in a collective; under Slurm
 `srun --kill-on-bad-exit` does. No process outlives the one above it, however that one ends.
@@ -13,21 +15,46 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mcf.errors import missing_package
+from pydantic import Field
 
+from mcf import cli, lock
+from mcf.config import Section
+from mcf.errors import UserError
+from mcf.exits import SAVED, USER_ERROR
+
+TRAIN = (sys.executable, "-u", "-m", "mcf.train")
+JOBS = "jobs"  # folder of a run for what its ranks print and how they end
 POLL = 0.2  # seconds between two looks at the child and its peers
+FENCE = 1.0  # seconds between two looks at whether this start of a Slurm job still is the newest
+PORTS = (20_000, 32_000)  # below Linux's dynamic ports (32768 on), so that no outgoing connection takes it
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 # Opened here, because a child between fork and exec should not load libraries.
 _LIBC = ctypes.CDLL(None)
+
+
+class TaskConfig(Section):
+    """What every task of a Slurm step runs, in a batch script of one's own: one rank of a run, watched."""
+
+    run: str = Field(description="run directory")
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """Run this step's rank; its exit status."""
+    config = cli.parse(TaskConfig, argv, verb="task")
+    run_dir = Path(config.run)
+    return Rank((*TRAIN, f"run={run_dir}"), run_dir)()
 
 
 @dataclass
@@ -64,83 +91,142 @@ def read_statuses(jobs: Path, job: str) -> list[Status]:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where this process stands: job, number of the job's start, rank, and what the training process has to know."""
+
+    job: str
+    start: int
+    rank: int
+    local: bool
+    environment: dict[str, str]
+
+
+def place(env: Mapping[str, str]) -> Place:
+    """Read submitit's variables of a local job, or those of a Slurm step.
+
+    Raises UserError where neither are set.
+    """
+    local = env.get("SUBMITIT_EXECUTOR") == "local"
+    names = ("SUBMITIT_LOCAL_JOB_ID", "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+    if not local:
+        names = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    for name in names:
+        if name not in env:
+            raise UserError(f"{name} is not set: this is no task of a Slurm step; start runs with python -m mcf.launch")
+    job, rank, size, local_rank = (env[name] for name in names)
+    start = restarts(env)
+    found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
+    if local:
+        # The host's own name may not resolve, and need not.
+        return Place(job, start, int(rank), True, {**found, "MASTER_ADDR": "127.0.0.1"})
+    if address := env.get("SLURM_LAUNCH_NODE_IPADDR"):
+        # srun runs on the first node, where rank 0 is; names of nodes need not resolve.
+        found["MASTER_ADDR"] = address
+    # Another port at every start: what the former one left behind may still hold its own.
+    port = random.Random(f"{job}/{env.get('SLURM_STEP_ID')}/{start}").randrange(*PORTS)
+    return Place(job, start, int(rank), False, {**found, "MASTER_PORT": str(port)})
+
+
+def restarts(env: Mapping[str, str]) -> int:
+    """How often Slurm has started this job before."""
+    return int(env.get("SLURM_RESTART_COUNT") or 0)
+
+
+@dataclass(frozen=True)
 class Rank:
     """The callable that is pickled for submitit.
 
     Args:
         command: the training process, without the rank's environment.
-        jobs: folder of submitit's files.
-        cuda_devices: CUDA_VISIBLE_DEVICES of the launch, None if it was not set; submitit would number devices anew.
+        run_dir: the run directory.
+        cuda_devices: CUDA_VISIBLE_DEVICES of a local launch, None if it was not set; submitit would number devices anew.
         grace: seconds that a rank has for its own last words after another one has died.
     """
 
     command: tuple[str, ...]
-    jobs: Path
+    run_dir: Path
     cuda_devices: str | None = None
     grace: float = 10.0
 
-    def __call__(self) -> None:
-        try:
-            import submitit
-            from submitit.helpers import TorchDistributedEnvironment
-        except ImportError:
-            raise missing_package("submitit", "launching") from None
-        job = submitit.JobEnvironment()
-        place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        local = job.cluster == "local"
-        environment = dict(os.environ)
-        if local:
-            # The host's own name may not resolve, and need not.
-            environment["MASTER_ADDR"] = "127.0.0.1"
+    def __call__(self) -> int:
+        """Run the rank; leave with its exit status, but with 0 if it was told to stop and saved.
+
+        Then the others are about to do the same, and srun is not to kill them for it.
+        """
+        here = place(os.environ)
+        environment = {**os.environ, **here.environment}
+        if here.local:
             environment.pop("CUDA_VISIBLE_DEVICES", None)
             if self.cuda_devices is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = self.cuda_devices
-        code = self._watch(place.rank, job.job_id, environment, local)
-        if code:
+        elif here.rank == 0:
+            try:
+                lock.claim(self.run_dir, here.job, here.start)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                sys.exit(USER_ERROR)
+        code = self._watch(here, environment)
+        if code not in (0, SAVED):
             # The exit status of the task is that of the run; nothing for submitit to report beside it.
             sys.exit(code if code > 0 else 128 - code)
+        return 0
 
-    def _watch(self, rank: int, job: str, environment: dict[str, str], local: bool) -> int:
-        path = status_path(self.jobs, job, rank)
+    def _watch(self, here: Place, environment: dict[str, str]) -> int:
+        rank, local = here.rank, here.local
+        path = status_path(self.run_dir / JOBS, here.job, rank)
         status = Status(rank, os.getpid())
         status.write(path)
+        child: subprocess.Popen[bytes] | None = None
+        told: list[int] = []
+
+        def pass_on(number: int, _frame: Any) -> None:
+            if number not in told:
+                told.append(number)
+                if child is not None:
+                    child.send_signal(number)
+
+        # Before anything is started: submitit has handlers of its own. Ctrl-C on a terminal is for the launcher alone;
+        # Slurm sends SIGINT when a user asks for the end (scancel).
+        for number in _PASSED_ON if local else (*_PASSED_ON, signal.SIGINT):
+            signal.signal(number, pass_on)
         if local:
             _die_with_parent(signal.SIGTERM)
         child = subprocess.Popen(
             self.command,
             env=environment,
-            # Ctrl-C on the terminal is for the launcher, which stops all ranks in order.
-            start_new_session=local,
+            # A group of its own: it is ended with all that it has started.
+            start_new_session=True,
             preexec_fn=_prepare_child if sys.platform == "linux" else None,
         )
+        for early in told:
+            child.send_signal(early)
         status.child = child.pid
         status.write(path)
-        told: set[int] = set()
-
-        def pass_on(number: int, _frame: Any) -> None:
-            if number not in told:
-                told.add(number)
-                child.send_signal(number)
-
-        for number in _PASSED_ON:
-            signal.signal(number, pass_on)
         deadline = None
+        fence = time.monotonic() + FENCE
         while child.poll() is None:
             time.sleep(POLL)
-            if local and deadline is None and (dead := self._dead_peer(job, rank)) is not None:
+            if local and deadline is None and (dead := self._dead_peer(here)) is not None:
                 status.because, deadline = dead, time.monotonic() + self.grace
             if deadline is not None and time.monotonic() > deadline:
                 kill_group(child.pid)
-        if local:
-            kill_group(child.pid)  # what it may have left behind
+            if not local and rank == 0 and time.monotonic() > fence:
+                fence = time.monotonic() + FENCE
+                if not lock.holds(self.run_dir, here.job, here.start):
+                    print("error: this run has been started elsewhere; its newest start goes on", flush=True)
+                    kill_group(child.pid)
+                    # Not a word into files that are the newest start's.
+                    sys.exit(USER_ERROR)
+        kill_group(child.pid)  # what it may have left behind
         status.code, status.ended = child.returncode, time.time()
         status.write(path)
         return status.code
 
-    def _dead_peer(self, job: str, rank: int) -> int | None:
+    def _dead_peer(self, here: Place) -> int | None:
         """A rank that failed, or whose watcher is gone without a word."""
-        for peer in read_statuses(self.jobs, job):
-            if peer.rank != rank and (peer.code or (peer.code is None and not _lives(peer.watcher))):
+        for peer in read_statuses(self.run_dir / JOBS, here.job):
+            failed = peer.code not in (None, 0, SAVED) or (peer.code is None and not _lives(peer.watcher))
+            if peer.rank != here.rank and failed:
                 return peer.rank
         return None
 
@@ -172,3 +258,7 @@ def _die_with_parent(number: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
@@ -22,10 +21,12 @@ from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
 from mcf.errors import UserError
+from mcf.exits import SAVED
 from mcf.guard import Guard
 from mcf.meters import Meters
 from mcf.plan import make_plan
 from mcf.step import Outcome, Step
+from mcf.stop import StopSignal
 from mcf.track import Tracker
 from mcf.track.images import reconstruction_grid
 from mcf.weights import load_teacher
@@ -55,6 +56,7 @@ class Training:
         self.progress.teacher = identity
         self.step = Step(recipe, self.plan, teacher, world)
         self.resumed = found is not None
+        self.interrupted = False
         if found is not None:
             tensors, momentum = state.read(found)
             self.step.engine.load_state_dict(tensors)
@@ -78,6 +80,7 @@ class Training:
     def run(self, stop: StopSignal) -> bool:
         """Train until the recipe's last step; False if told to stop before it. Saves in both cases. Collective.
 
+        `interrupted` then says whether the run wants to be started again: every rank has the same.
         Raises UserError if that last save fails: it is the outcome of the run.
         """
         recipe, plan, progress = self.recipe, self.plan, self.progress
@@ -92,7 +95,7 @@ class Training:
             start=progress.step,
         ) as tracker:
             tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
-            stopping, failure = False, None
+            told, stopping, failure = False, False, None
             while progress.step < last:
                 outcome = self.step(progress.step, batches)
                 progress.step += 1
@@ -103,7 +106,8 @@ class Training:
                     tracker.event("bad_step", step=progress.step, grad_norm=outcome.grad_norm)
                 self.guard.observe(progress.step, outcome.applied, outcome.keys, {"grad_norm": outcome.grad_norm})
 
-                stopping = distributed.any_rank(stop.received) or progress.step == last
+                told = distributed.any_rank(stop.received)
+                stopping = told or progress.step == last
                 if stopping or self._due(recipe.train.log_every):
                     self._note_bad_samples(tracker)
                     self._log(tracker)
@@ -116,6 +120,7 @@ class Training:
             if stopping and failure:
                 raise UserError(f"{failure}, then launch again: the run goes on from there")
             done = progress.step >= plan.steps
+            self.interrupted = told and not done and not distributed.any_rank(stop.for_good)
             tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
             tracker.close("finished" if done else "stopped")
         self.loader.close()
@@ -176,24 +181,12 @@ class Training:
             tracker.image(self.progress.step, "reconstruction", grid)
 
 
-class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR2 set a flag; the loop saves and ends at the next step. A second SIGINT is obeyed."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _frame) -> None:
-        if number == signal.SIGINT and self.received:
-            raise KeyboardInterrupt
-        self.received = True
-        log.warning("%s: saving and stopping at the end of this step", signal.Signals(number).name)
-
-
 @cli.main
 def main(argv: list[str] | None = None) -> int:
-    """Train one rank: `run=RUN_DIR` as mcf.launch writes it, or recipe=… key=value … directly."""
+    """Train one rank: `run=RUN_DIR` as mcf.launch writes it, or recipe=… key=value … directly.
+
+    Exit status 0: done, or ended by ctrl-C. SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again.
+    """
     recipe, run_dir = read_arguments(sys.argv[1:] if argv is None else argv)
     stop = StopSignal()
     world = distributed.join()
@@ -214,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         "%s after step %d of %d, %.0f s", "done" if done else "stopped, launch again to go on:", step, steps, seconds
     )
     distributed.leave()
-    return 0
+    return SAVED if training.interrupted else 0
 
 
 def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:

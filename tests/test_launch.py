@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mcf import cli, launch, lock, snapshot
+from mcf import cli, launch, lock, snapshot, submit
 from mcf.errors import UserError
 
 # What stands in for mcf.train: says where it is, then does what the file RUN/role says for its rank.
@@ -554,45 +554,15 @@ def test_print_shows_plan_and_script_and_touches_nothing(tmp_path):
         "--time=600", "--mem=512G", "--signal=USR2@90", "--exclusive", "--job-name=vit_b_20m", f"--chdir={run}",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in script
-    assert "requeue" not in script
+    assert "#SBATCH --requeue" not in script
     assert f"export PYTHONPATH={run}/code" in script
     assert "--kill-on-bad-exit=1" in script
     assert f"-m submitit.core._submit {run}/jobs" in script
     assert subprocess.run(["bash", "-n"], input=script.rpartition("\n[")[0], text=True).returncode == 0
 
 
-def test_submitting_and_the_lock_of_a_job_that_waits(inside, monkeypatch, capsys):
-    bin = inside.folder / "bin"
-    bin.mkdir()
-    scripts = {
-        "sbatch": f"cp $1 {inside.folder}/submitted; pwd; echo Submitted batch job 77",
-        "srun": "",
-        "squeue": "cat $STATE",
-    }
-    for name, body in scripts.items():
-        (bin / name).write_text(f"#!/bin/bash\n{body}\n")
-        (bin / name).chmod(0o755)
-    state = inside.folder / "state"
-    state.write_text("PENDING\n")
-    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
-    monkeypatch.setenv("STATE", str(state))
-
-    argv = [a for a in inside.arguments() if not a.startswith("mode=")]
-    assert launch.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "slurm (sbatch is there)" in out
-    assert f"Slurm job 77; follow it with: tail -F {inside.run}/jobs/77_0_log.out" in out
-    assert "#SBATCH --ntasks-per-node=2" in (inside.folder / "submitted").read_text()
-    assert (inside.run / "jobs/77_submitted.pkl").exists()
-
-    assert launch.main(argv) == 2
-    assert "Slurm job 77 of this run is pending" in capsys.readouterr().err
-    state.write_text("")
-    assert launch.main(argv) == 0
-
-
 def test_missing_submitit_is_one_line(monkeypatch):
     # None in sys.modules is how Python itself notes a package that cannot be imported.
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"^submitit is not installed, and launching needs it: pip install submitit$"):
-        launch._submitit()
+        submit.need_submitit()

@@ -14,7 +14,7 @@ DOORS = {
     "deepspeed": {"mcf.engine"},
     "nvidia": {"mcf.data.dali"},
     "mlflow": {"mcf.track.mlflow"},
-    "submitit": {"mcf.launch", "mcf.task"},
+    "submitit": {"mcf.launch", "mcf.submit"},
     "xformers": {"mcf.attention"},
     "triton": {"mcf.kernels"},
 }
@@ -34,11 +34,23 @@ ARROWS = {
     "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks"},
     "mcf.cli": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.keys", "mcf.settings"},
     "mcf.snapshot": {"mcf.errors"},
-    "mcf.lock": {"mcf.errors"},
-    "mcf.task": {"mcf.errors"},
-    "mcf.follow": {"mcf.task", "mcf.track.console"},
+    "mcf.exits": set(),
+    "mcf.slurm": {"mcf.errors"},
+    "mcf.lock": {"mcf.errors", "mcf.slurm"},
+    "mcf.task": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.exits", "mcf.lock"},
+    "mcf.output": {"mcf.track.console"},
+    "mcf.ending": {"mcf.exits", "mcf.output", "mcf.task"},
+    "mcf.follow": {
+        "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.lock", "mcf.output", "mcf.slurm", "mcf.task",
+    },
+    "mcf.job": {
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.slurm", "mcf.task",
+        "mcf.track.jsonl",
+    },
+    "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task", "mcf.follow",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.slurm", "mcf.snapshot", "mcf.lock", "mcf.submit", "mcf.task",
+        "mcf.follow",
     },
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
@@ -51,6 +63,7 @@ ARROWS = {
     "mcf.distributed": {"mcf.errors"},
     "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors"},
     "mcf.checkpoint": {"mcf.errors"},
+    "mcf.stop": set(),
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},
     "mcf.step": {
@@ -59,8 +72,8 @@ ARROWS = {
     "mcf.meters": {"mcf.data", "mcf.distributed", "mcf.step"},
     # Verbs that bring rooms together.
     "mcf.train": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.guard", "mcf.meters",
-        "mcf.plan", "mcf.state", "mcf.step", "mcf.track", "mcf.weights",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
+        "mcf.meters", "mcf.plan", "mcf.state", "mcf.step", "mcf.stop", "mcf.track", "mcf.weights",
     },
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
@@ -74,7 +87,7 @@ ARROWS = {
 NEVER = {"torchvision", "timm"}
 LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
-    "mcf.snapshot", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
+    "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
 )  # fmt: skip
 
 

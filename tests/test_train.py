@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mcf import checkpoint
+from mcf.exits import SAVED
 from mcf.track.jsonl import read
 
 STEPS = 40
@@ -134,7 +135,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(unbroken, data, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, tiny.said(run_dir)
+    assert process.wait(60) == SAVED, tiny.said(run_dir)
     (stopped,) = events(run_dir, "stopped")
     assert 5 <= stopped["step"] < STEPS
     assert checkpoint.step_of(checkpoint.latest(run_dir)) == stopped["step"]

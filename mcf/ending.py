@@ -1,0 +1,74 @@
+"""How a job of a run ended, from the statuses that its ranks have left: which rank was the first to fail, and why.
+
+RUN/jobs/JOB_*_status.json, RUN/jobs/JOB_*_log.out ──► one line, and the exit status
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+from mcf.exits import INTERRUPTED, SAVED, USER_ERROR
+from mcf.output import ERROR, say
+from mcf.task import JOBS, Status, read_statuses
+
+
+def report(run_dir: Path, job: str, took: str, asked: bool) -> int:
+    """Say how a job ended, `took` ("after 7 s"); the exit status of the run. asked: somebody has ended it."""
+    statuses = read_statuses(run_dir / JOBS, job)
+    if asked or (statuses and all(s.code == SAVED for s in statuses)):
+        say(f"stopped {took}; launch again to go on: {run_dir}")
+        return INTERRUPTED
+    first = first_to_fail(statuses)
+    if first is None and statuses:
+        say(f"ended {took}: {run_dir}")
+        return 0
+    return _report_failure(first, statuses, run_dir / JOBS, job, took)
+
+
+def first_to_fail(statuses: list[Status]) -> Status | None:
+    """The rank whose end was the reason of all others'; None if none failed."""
+    failed = [s for s in statuses if s.code not in (0, SAVED) and s.because is None]
+    return min(failed, key=lambda s: s.ended or float("inf"), default=None)
+
+
+def describe_end(status: Status) -> tuple[str, int]:
+    """How a rank that failed ended, in words, and the exit status that a shell would give it."""
+    if status.code is None:
+        how, code = "vanished without a word (its processes were killed)", 1
+    elif status.code < 0:
+        name = signal.Signals(-status.code).name
+        how, code = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), 128 - status.code
+    else:
+        how, code = f"ended with status {status.code}", status.code
+    return f"rank {status.rank} {how}", code
+
+
+def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, job: str, took: str) -> int:
+    if first is None:
+        print(f"error: the ranks did not start ({took}); see {jobs}", file=sys.stderr)
+        return 1
+    log = jobs / f"{job}_{first.rank}_log.out"
+    if first.code == USER_ERROR and (said := told(log)):
+        # The rank has said in one line what is to be done; what rank 0 said has been printed.
+        if said != told(jobs / f"{job}_0_log.out"):
+            print(f"{said} (rank {first.rank})", file=sys.stderr)
+        print(f"stopped {took}; log: {log}", flush=True)
+        return USER_ERROR
+    if first.rank and not any(s.rank == 0 and s.code == first.code and s.because is None for s in statuses):
+        print(f"--- the last lines of rank {first.rank}:")
+        with contextlib.suppress(OSError):
+            print("\n".join(log.read_text(errors="replace").splitlines()[-20:]))
+    how, code = describe_end(first)
+    print(f"error: {how} {took}; its log: {log}", file=sys.stderr, flush=True)
+    return code
+
+
+def told(log: Path) -> str:
+    """The error line that a rank ended its log with; empty if it did not."""
+    with contextlib.suppress(OSError):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR)]
+        return lines[-1] if lines else ""
+    return ""

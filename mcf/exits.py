@@ -1,0 +1,8 @@
+"""Exit statuses that mean something between a rank, the process that watches it, and the batch script around both.
+
+Any other status than 0 is a failure that may be a machine's: under Slurm the run goes back to the queue.
+"""
+
+USER_ERROR = 2  # one line says what a user has to change: nothing gets better by trying again
+SAVED = 75  # told to stop, and saved: to be started again (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130  # ctrl-C

@@ -1,0 +1,158 @@
+"""What the batch script of a Slurm job does before and after srun, once a start of the job.
+
+    python -m mcf.job run=RUN             do all nodes see the run? Its ranks' statuses of an earlier start are removed
+    srun … one task a rank (task.py)
+    python -m mcf.job run=RUN status=$?   done, hopeless, or back to the queue
+
+Back to the queue go runs that were told to stop and saved (Slurm's warning before the time limit, preemption), and runs
+of which a rank died, whatever killed it: with a cap (slurm.max_requeues), and not for ever where nothing is gained.
+What a user has to mend, a run that is done, and one that a user has stopped, stay.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from mcf import checkpoint, cli, slurm
+from mcf.config import Section
+from mcf.ending import describe_end, first_to_fail, told
+from mcf.errors import UserError
+from mcf.exits import SAVED, USER_ERROR
+from mcf.task import JOBS, read_statuses, restarts
+from mcf.track.jsonl import EVENTS, Writer, read
+
+IN_VAIN = 3  # failures in a row without a new checkpoint, after which the job is not tried again
+
+
+class JobConfig(Section):
+    """What a batch script does around srun: without status before it, with srun's exit status after it."""
+
+    run: str = Field(description="run directory")
+    status: int | None = Field(None, description="exit status of srun")
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """Begin or end a start of the job; the exit status that the batch script has to end with."""
+    config = cli.parse(JobConfig, argv, verb="job")
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError("SLURM_JOB_ID is not set: this is no Slurm job; start runs with python -m mcf.launch")
+    if config.status is None:
+        return begin(Path(config.run), os.environ)
+    return end(Path(config.run), config.status, os.environ)
+
+
+def begin(run_dir: Path, env: Mapping[str, str]) -> int:
+    """Prepare one start of the job. Raises UserError if a node does not see the run directory, or Python."""
+    for path in (run_dir / JOBS).glob(f"{env['SLURM_JOB_ID']}_*_status.json"):
+        path.unlink()
+    if blind := blind_nodes(int(env["SLURM_JOB_NUM_NODES"]), run_dir, Path(sys.executable)):
+        raise UserError(
+            f"not all nodes see {run_dir} and {sys.executable}: {', '.join(blind)} does not; both must lie on a file "
+            "system that every node mounts: set output=, or keep these nodes out with slurm.extra.exclude="
+        )
+    return 0
+
+
+def blind_nodes(nodes: int, run_dir: Path, python: Path) -> list[str]:
+    """Names of the job's nodes that do not see the run directory or the interpreter."""
+    if nodes == 1:
+        return []  # this very process sees them
+    look = 'test -r "$0/recipe.yaml" && test -w "$0" && test -x "$1" || echo "$SLURMD_NODENAME"'
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpus-per-task=1", "--chdir=/"]
+    done = subprocess.run([*step, "sh", "-c", look, str(run_dir), str(python)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"srun cannot start a process on every node: {done.stderr.strip() or done.returncode}")
+    return sorted(done.stdout.split())
+
+
+def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
+    """End one start of the job: send it back to the queue, or leave with its exit status."""
+    job, start = env["SLURM_JOB_ID"], restarts(env)
+    statuses = read_statuses(run_dir / JOBS, job)
+    saved = status == 0 and any(s.code == SAVED for s in statuses)
+    if status == 0 and not saved:
+        return 0
+    first = first_to_fail(statuses)
+    if not saved and first is not None:
+        if first.code == USER_ERROR:
+            # The rank has said what is to be done; here, too, if its log is another one.
+            if first.rank and (said := told(run_dir / JOBS / f"{job}_{first.rank}_log.out")):
+                print(f"{said} (rank {first.rank})", flush=True)
+            return USER_ERROR
+        if first.code == -signal.SIGINT:
+            return status  # asked to end before it could save
+    why = "saved" if saved else describe_end(first)[0] if first else f"srun ended with status {status}"
+    # Told to stop before it could listen (Python takes a while to start): no fault of the run's.
+    failed = not saved and not (first and first.code in (-signal.SIGUSR2, -signal.SIGTERM))
+    if reason := _left_alone(job, start):
+        print(f"{why}; {reason}", flush=True)
+        return status
+    step = _newest_step(run_dir)
+    if refusal := _refusal(run_dir, failed, start, step):
+        raise UserError(f"{why}; {refusal}")
+    print(f"{why}; job {job} goes back to the queue, to go on from step {step}", flush=True)
+    _note(run_dir, {"job": job, "start": start, "why": why, "failed": failed, "step": step})
+    slurm.requeue(job)
+    time.sleep(60)  # Slurm ends this process
+    return 0
+
+
+def _left_alone(job: str, start: int) -> str:
+    """Why the job is not to be touched; "" if it is this start's and runs, or has come to its time limit."""
+    deadline = time.monotonic() + 1800
+    while True:
+        try:
+            found = slurm.show(job)
+            break
+        except slurm.NoAnswer as error:
+            if time.monotonic() > deadline:
+                return f"Slurm does not answer ({error}): launch again to go on"
+            print(f"Slurm does not answer ({error}); asked again until it does", flush=True)
+            time.sleep(slurm.RETRY)
+    if int(found.get("Restarts", start)) != start:
+        return "a later start of this job goes on"
+    if found.get("JobState") == "RUNNING" or found.get("Reason") == "TimeLimit":
+        return ""
+    return "Slurm has ended this start of the job, or requeues it itself"
+
+
+def _refusal(run_dir: Path, failed: bool, start: int, step: int) -> str:
+    """Why the job does not go back to the queue, and what to do; "" if it does."""
+    most = cli.load_recipe([f"recipe={run_dir / 'recipe.yaml'}"], verb="job").slurm.max_requeues
+    if start >= most:
+        return f"not requeued again: slurm.max_requeues={most}; launch again to go on from step {step}"
+    if not failed:
+        return ""
+    before = [event for event in read(run_dir / EVENTS) if event["kind"] == "requeued"][-(IN_VAIN - 1) :]
+    in_vain = [event for event in before if event["failed"] and event["step"] == step]
+    if len(in_vain) == IN_VAIN - 1:
+        return f"not requeued: it failed {IN_VAIN} times in a row at step {step} without a new checkpoint; see {run_dir / JOBS}"
+    return ""
+
+
+def _newest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint by name, whole or not; 0 without one."""
+    return max(map(checkpoint.step_of, checkpoint.steps(run_dir)), default=0)
+
+
+def _note(run_dir: Path, fields: dict) -> None:
+    """Add an event; a disk that refuses it does not keep a run from going on."""
+    try:
+        writer = Writer(run_dir / EVENTS)
+        writer.append({"kind": "requeued", "time": time.time(), **fields})
+        writer.close()
+    except OSError as error:
+        print(f"events.jsonl: {error.strerror}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

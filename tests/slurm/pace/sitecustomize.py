@@ -1,0 +1,34 @@
+"""Python reads this at its start, because the tests of Slurm put its folder on PYTHONPATH: it paces the trainer.
+
+The real trainer takes milliseconds a step of a tiny model: too fast to be interrupted at a known place. Here each step
+ends with a pause of MCF_TEST_PACE seconds, and the keys of its samples are written to RUN/keys-RANK.jsonl. With
+MCF_TEST_DIES in the environment it does not even begin.
+"""
+
+import os
+import signal
+import sys
+
+if "mcf.train" in sys.orig_argv and "MCF_TEST_DIES" in os.environ:
+    os.kill(os.getpid(), signal.SIGKILL)
+elif "mcf.train" in sys.orig_argv and "MCF_TEST_PACE" in os.environ:
+    import json
+    import time
+    from pathlib import Path
+
+    import mcf
+    from mcf.step import Step
+
+    _step = Step.__call__
+    _run = Path(next(a for a in sys.orig_argv if a.startswith("run=")).removeprefix("run="))
+
+    def _paced(self, step, batches):
+        outcome = _step(self, step, batches)
+        start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        record = {"start": start, "step": step + 1, "keys": outcome.keys, "mcf": mcf.__file__}
+        with (_run / f"keys-{os.environ['RANK']}.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        time.sleep(float(os.environ["MCF_TEST_PACE"]))
+        return outcome
+
+    Step.__call__ = _paced

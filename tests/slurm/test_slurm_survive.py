@@ -1,0 +1,140 @@
+"""What befalls a run on the real Slurm, and that it comes through: the same samples, the same losses, little lost.
+
+Each test lets one thing happen to a run of two nodes, waits until the run has ended by itself, and holds it against
+the run that nothing happened to.
+"""
+
+import os
+import signal
+
+import cluster as slurm
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+EVERY = 4  # steps between two checkpoints of the tests' recipe
+PACE = 0.4  # seconds a step: long enough to strike at a known step
+
+
+def check_unharmed(site, name: str, unbroken: str, starts: int, lost: int = EVERY) -> None:
+    """Every number is the unbroken run's; each start lost at most `lost` steps, and none was left out or done twice."""
+    assert site.numbers(name) == site.numbers(unbroken)
+    ran = site.starts(name)
+    assert len(ran) == starts
+    assert len(site.events(name, "finished")) == 1
+    resumed = [event["step"] for event in site.events(name, "resumed")]
+    for before, after, step in zip(ran[:-1], ran[1:], resumed, strict=True):
+        assert after[0] == step + 1
+        assert before[-1] - step <= lost
+
+
+@pytest.mark.parametrize("number", ["USR2", "TERM"])
+def test_told_to_stop_it_saves_and_goes_back_to_the_queue(site, unbroken, number):
+    job = site.submit(number, "nodes=2", "checkpoint.every=1000", "track.mlflow=local", pace=PACE)
+    site.wait_for_step(number, 6)
+    site.cluster.run("scancel", f"--signal={number}", job)
+    site.wait_for_end(number, job)
+    check_unharmed(site, number, unbroken, starts=2, lost=0)
+    assert site.cluster.job(job)["Restarts"] == "1"
+    (event,) = site.events(number, "requeued")
+    assert (event["why"], event["job"], event["step"]) == ("saved", job, site.events(number, "stopped")[0]["step"])
+    assert one_mlflow_run(site, number)
+
+
+def one_mlflow_run(site, name: str) -> bool:
+    """Whether MLflow has one run of that name, which is finished and has every step."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{site.runs / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mcf")
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    told = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss/total")}
+    assert told == {step: numbers["loss/total"] for step, numbers in site.numbers(name).items()}
+    return run.info.status == "FINISHED"
+
+
+def test_the_time_limit(site, unbroken):
+    """A real one, of two minutes; the run takes longer, and starts in less even on a busy machine."""
+    job = site.submit("limit", "nodes=2", "slurm.time=2", "slurm.warn_seconds=20", "checkpoint.every=1000", pace=5)
+    site.wait_for_end("limit", job, seconds=560)
+    returns = site.events("limit", "requeued")
+    assert returns
+    assert {event["why"] for event in returns} == {"saved"}
+    check_unharmed(site, "limit", unbroken, starts=len(returns) + 1, lost=0)
+
+
+def test_requeued_by_somebody(site, unbroken):
+    """`scontrol requeue`, as preemption does it: SIGTERM, and KillWait seconds to save."""
+    job = site.submit("requeued", "nodes=2", "checkpoint.every=1000", pace=PACE)
+    site.wait_for_step("requeued", 6)
+    site.cluster.run("scontrol", "requeue", job)
+    site.wait_for_end("requeued", job)
+    check_unharmed(site, "requeued", unbroken, starts=2, lost=0)
+    # Slurm has done it: the job has not asked for it beside.
+    assert not site.events("requeued", "requeued")
+
+
+def test_a_killed_rank(site, unbroken):
+    job = site.submit("rank", "nodes=2", pace=PACE)
+    site.wait_for_step("rank", 10)
+    os.kill(site.statuses("rank")[1]["child"], signal.SIGKILL)
+    site.wait_for_end("rank", job)
+    check_unharmed(site, "rank", unbroken, starts=2)
+    (event,) = site.events("rank", "requeued")
+    assert event["why"] == "rank 1 was killed by SIGKILL (out of memory?)"
+
+
+def test_a_node_that_is_lost_while_its_processes_live_on(site, unbroken):
+    """slurmd is killed, and nothing else: after SlurmdTimeout the run starts elsewhere, and its former start has to go.
+
+    One node with both ranks: no other node's end would end them.
+    """
+    job = site.submit("lost", "nodes=1", "gpus_per_node=2", pace=1)
+    site.wait_for_step("lost", 6)
+    node = site.cluster.job(job)["NodeList"]
+    former = [psutil.Process(status["child"]) for status in site.statuses("lost")]
+    site.cluster.kill(node)
+    try:
+        slurm.wait_for(lambda: site.cluster.job(job).get("Restarts") == "1", "requeue after SlurmdTimeout", 120)
+        assert all(process.is_running() for process in former), "they died before they could do harm: nothing is proved"
+        site.wait_for_end("lost", job)
+        assert site.cluster.job(job)["NodeList"] != node
+        slurm.wait_for(lambda: not any(process.is_running() for process in former), "end of the former start", 30)
+    finally:
+        site.cluster.start(node)
+        slurm.wait_for(lambda: site.cluster.states()[node] == "idle", f"{node} back", 120)
+    check_unharmed(site, "lost", unbroken, starts=2, lost=100)
+
+
+def test_a_lost_node_of_two(site, unbroken):
+    job = site.submit("half", "nodes=2", pace=PACE)
+    site.wait_for_step("half", 6)
+    node = site.cluster.job(job)["BatchHost"]
+    site.cluster.kill(node)
+    try:
+        site.wait_for_end("half", job)
+    finally:
+        site.cluster.start(node)
+        slurm.wait_for(lambda: site.cluster.states()[node] == "idle", f"{node} back", 120)
+    assert site.numbers("half") == site.numbers(unbroken)
+
+
+def test_a_controller_that_dies_and_comes_back(site, unbroken):
+    """The run goes on without it; told to stop meanwhile, it saves and waits until it can go back to the queue."""
+    job = site.submit("controller", "nodes=2", "checkpoint.every=1000", pace=PACE)
+    site.wait_for_step("controller", 4)
+    site.cluster.kill("slurmctld")
+    try:
+        site.wait_for_step("controller", 8)
+        # A second launch does not take silence for death.
+        second = site.launch("controller", "nodes=2")
+        assert second.returncode == 2
+        assert f"whether Slurm job {job} of this run lives is not known" in second.stderr
+        for status in site.statuses("controller"):
+            os.kill(status["watcher"], signal.SIGUSR2)
+        slurm.wait_for(lambda: "Slurm does not answer" in site.said("controller"), "a job that waits for Slurm", 120)
+    finally:
+        site.cluster.start("slurmctld")
+    site.wait_for_end("controller", job)
+    check_unharmed(site, "controller", unbroken, starts=2, lost=0)
