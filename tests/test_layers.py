@@ -49,7 +49,11 @@ ARROWS = {
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
     "mcf.distributed": {"mcf.errors"},
-    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors"},
+    "mcf.spread": {"mcf.distributed"},
+    "mcf.startup": {"mcf.data.shards", "mcf.distributed", "mcf.errors"},
+    "mcf.heartbeat": set(),
+    "mcf.watchdog": {"mcf.config", "mcf.heartbeat", "mcf.track.jsonl"},
+    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors", "mcf.spread"},
     "mcf.checkpoint": {"mcf.errors"},
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},
@@ -60,7 +64,8 @@ ARROWS = {
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.guard", "mcf.meters",
-        "mcf.plan", "mcf.state", "mcf.step", "mcf.track", "mcf.weights",
+        "mcf.models", "mcf.plan", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.track", "mcf.watchdog",
+        "mcf.weights",
     },
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
@@ -74,7 +79,7 @@ ARROWS = {
 NEVER = {"torchvision", "timm"}
 LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
-    "mcf.snapshot", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
+    "mcf.snapshot", "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
 )  # fmt: skip
 
 
