@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mcf.task import Status, kill_group, read_statuses
+from mcf.watchdog import RANK_LOST
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -63,12 +64,12 @@ def _report_failure(failed: list[Status], jobs: Path, job: str, took: str) -> in
         return 1
     first = failed[0]
     log = jobs / f"{job}_{first.rank}_log.out"
-    if first.code == USER_ERROR and (told := _told(log)):
+    if first.code in (USER_ERROR, RANK_LOST) and (told := _told(log)):
         # The rank has said in one line what is to be done; what rank 0 said has been printed.
         if told != _told(jobs / f"{job}_0_log.out"):
             print(f"{told} (rank {first.rank})", file=sys.stderr)
         print(f"stopped {took}; log: {log}", flush=True)
-        return USER_ERROR
+        return first.code
     if first.rank and not any(s.rank == 0 and s.code == first.code for s in failed):
         print(f"--- the last lines of rank {first.rank}:")
         with contextlib.suppress(OSError):

@@ -36,7 +36,7 @@ ARROWS = {
     "mcf.snapshot": {"mcf.errors"},
     "mcf.lock": {"mcf.errors"},
     "mcf.task": {"mcf.errors"},
-    "mcf.follow": {"mcf.task", "mcf.track.console"},
+    "mcf.follow": {"mcf.task", "mcf.track.console", "mcf.watchdog"},
     "mcf.launch": {
         "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task", "mcf.follow",
     },
