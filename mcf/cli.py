@@ -26,7 +26,7 @@ from mcf.errors import UserError
 from mcf.keys import Key, dump, flatten, keys, render
 from mcf.settings import read_command_line, read_recipe, recipe_names, validate
 
-__all__ = ["dump", "flatten", "keys", "load", "load_recipe", "main", "parse", "recipe_names", "render"]
+__all__ = ["dump", "flatten", "keys", "load", "load_recipe", "main", "parse", "recipe_names", "render", "wants_help"]
 
 # Every verb, in the order in which a newcomer meets them, and what it does.
 VERBS = {
@@ -85,7 +85,7 @@ def parse(schema: type[T], argv: list[str], *, verb: str) -> T:
     `--help` prints the keys and leaves with status 0. Raises UserError for whatever is wrong with the arguments.
     """
     known = keys(schema)
-    if _wants_help(argv):
+    if wants_help(argv):
         _print_help(verb, schema, {"keys": known})
     return validate(schema, read_command_line(argv, known, verb), verb)
 
@@ -102,7 +102,7 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     """`load_recipe` for verbs with keys of their own beside the recipe's (`mode=print`): (recipe, options)."""
     own = keys(options)
     known = {**own, "recipe": Key("recipe", _RECIPE_KEY), **keys(Recipe)}
-    if _wants_help(argv):
+    if wants_help(argv):
         _print_help(verb, options, {"keys": {"recipe": known["recipe"], **own}, **_sections(Recipe)})
     if not argv:
         raise UserError(
@@ -152,7 +152,8 @@ _RECIPE_KEY = FieldInfo(annotation=str | None, default=None, description="recipe
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-def _wants_help(argv: list[str]) -> bool:
+def wants_help(argv: list[str]) -> bool:
+    """Whether the arguments ask for help rather than for anything to be done."""
     return any(token in ("--help", "-h", "help") for token in argv)
 
 

@@ -223,6 +223,21 @@ class GuardConfig(Section):
     )
 
 
+class WatchdogConfig(Section):
+    """When a run ends because a rank is dead or stuck."""
+
+    timeout: float = Field(
+        600.0,
+        ge=0,
+        le=7200,
+        description="seconds without progress inside a step after which the run ends, naming the rank (0: never); the "
+        "heartbeats come sixty times as often, 0.5 to 10 s apart",
+    )
+    slow_timeout: float = Field(
+        1800.0, gt=0, le=7200, description="the same for the start, the first step, saving and the end, which may take long"
+    )  # fmt: skip
+
+
 class TrackConfig(Section):
     """Where metrics and pictures go; metrics.jsonl in the run directory is always written."""
 
@@ -281,6 +296,7 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     track: TrackConfig = TrackConfig()
     slurm: SlurmConfig = SlurmConfig()
 

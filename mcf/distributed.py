@@ -12,7 +12,7 @@ import os
 import random
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -150,6 +150,17 @@ def rendezvous(env: Mapping[str, str]) -> Rendezvous:
     return Rendezvous(rank, size, local_rank, address, port)
 
 
+def launch_name(env: Mapping[str, str]) -> str:
+    """A name of this start of the ranks: the same on all of them, another one when they are started again.
+
+    Where the ranks meet, and which job of Slurm or torchrun they are, the restarts counted.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "SUBMITIT_LOCAL_JOB_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
+             "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
+    said = "/".join(env.get(name, "") for name in names)
+    return said if any(env.get(name) for name in names) else f"process {os.getpid()}"
+
+
 def _number(env: Mapping[str, str], name: str) -> int:
     if name not in env:
         raise UserError(f"{name} is not set, but other variables of a distributed start are; set it, or unset them all")
@@ -266,6 +277,23 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_group_device())
     return box[0]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0 (picklable), on every rank; the others do not call it.
+
+    For files that all ranks need: one reads them. A UserError on rank 0 is raised on all.
+    """
+    made: T | UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            made = make()
+        except UserError as error:
+            made = error
+    made = broadcast(made)
+    if isinstance(made, UserError):
+        raise made
+    return made  # type: ignore[return-value]  # None only where `make` returned it
 
 
 def barrier() -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mcf.exits import INTERRUPTED, SAVED, USER_ERROR
+from mcf.exits import INTERRUPTED, RANK_LOST, SAVED, USER_ERROR
 from mcf.output import ERROR, say
 from mcf.task import JOBS, Status, read_statuses
 
@@ -41,6 +41,8 @@ def describe_end(status: Status) -> tuple[str, int]:
     elif status.code < 0:
         name = signal.Signals(-status.code).name
         how, code = f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else ""), 128 - status.code
+    elif status.code == RANK_LOST:
+        how, code = "ended because another rank was dead or stuck", RANK_LOST
     else:
         how, code = f"ended with status {status.code}", status.code
     return f"rank {status.rank} {how}", code
@@ -51,12 +53,12 @@ def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, jo
         print(f"error: the ranks did not start ({took}); see {jobs}", file=sys.stderr)
         return 1
     log = jobs / f"{job}_{first.rank}_log.out"
-    if first.code == USER_ERROR and (said := told(log)):
-        # The rank has said in one line what is to be done; what rank 0 said has been printed.
+    if first.code in (USER_ERROR, RANK_LOST) and (said := told(log)):
+        # The rank has said in one line what is to be done, or which rank was lost; what rank 0 said has been printed.
         if said != told(jobs / f"{job}_0_log.out"):
             print(f"{said} (rank {first.rank})", file=sys.stderr)
         print(f"stopped {took}; log: {log}", flush=True)
-        return USER_ERROR
+        return first.code
     if first.rank and not any(s.rank == 0 and s.code == first.code and s.because is None for s in statuses):
         print(f"--- the last lines of rank {first.rank}:")
         with contextlib.suppress(OSError):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mcf.config import Recipe
 from mcf.distributed import World
 from mcf.errors import UserError, missing_package
+from mcf.spread import Spread
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Elements of DeepSpeed's reduction buffer, which it allocates anew each step: its default is 2 GB of float32.
@@ -195,7 +196,8 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` returned, under any number of ranks and any ZeRO stage. Collective.
 
-        Every rank passes the whole mapping (CPU tensors; memory-mapped ones cost a rank only the pages it reads).
+        Every rank passes the whole mapping of CPU tensors; with a `Spread`, which all ranks then ask in the same order,
+        one rank reads and the others hold one tensor at a time.
         Pending gradients are discarded.
 
         Raises:
@@ -242,6 +244,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = state.shapes if isinstance(state, Spread) else {name: tuple(state[name].shape) for name in state}
     missing, surplus = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     if missing or surplus:
         raise UserError(
@@ -250,9 +253,9 @@ def _check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
             "use the recipe it was written with"
         )
     for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
+        if found[name] != shape:
             raise UserError(
-                f"the checkpoint does not fit the model of the recipe: {name} has shape {list(state[name].shape)}, "
+                f"the checkpoint does not fit the model of the recipe: {name} has shape {list(found[name])}, "
                 f"the model needs {list(shape)}; use the recipe it was written with"
             )
 

@@ -5,4 +5,5 @@ Any other status than 0 is a failure that may be a machine's: under Slurm the ru
 
 USER_ERROR = 2  # one line says what a user has to change: nothing gets better by trying again
 SAVED = 75  # told to stop, and saved: to be started again (EX_TEMPFAIL of sysexits.h)
+RANK_LOST = 76  # another rank was dead or stuck (mcf.watchdog): its error line says which
 INTERRUPTED = 130  # ctrl-C

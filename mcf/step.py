@@ -13,7 +13,7 @@ can be held against the whole effective batch, and accumulation changes nothing 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -47,10 +47,20 @@ class Outcome:
 
 
 class Step:
-    """The network, its momentum branch, its objective and its optimiser, put together for one rank."""
+    """The network, its momentum branch, its objective and its optimiser, put together for one rank.
 
-    def __init__(self, recipe: Recipe, plan: Plan, teacher: Teacher | None, world: World):
-        self.recipe, self.plan, self.world = recipe, plan, world
+    `mark` is told of each phase that a step enters: loading, keys, forward, backward, step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        teacher: Teacher | None,
+        world: World,
+        mark: Callable[[str], None] = lambda phase: None,
+    ):
+        self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
         self.masks = Masks(recipe)
         student = build_student(recipe).to(world.device)
         # Before the engine, which splits the student's parameters under ZeRO-3.
@@ -67,13 +77,17 @@ class Step:
 
         per_chunk = 1 if self.recipe.contrast.scope == "micro_batch" else self.plan.accumulation
         for _ in range(self.plan.accumulation // per_chunk):
+            self.mark("loading")
             chunk = list(itertools.islice(batches, per_chunk))
+            self.mark("keys")
             keys = self.keys(chunk, m)
             for index, batch in enumerate(chunk):
                 ids_keep, ids_restore = self.masks.of_encoder(batch)
                 mask = dropped(ids_restore, ids_keep.shape[1])
+                self.mark("forward")
                 pred, q = self.engine(batch.images, ids_keep, ids_restore)
                 terms = self.objective(batch.images, pred, q, *self.negatives(keys, index), mask)
+                self.mark("backward")
                 self.engine.backward(terms["total"])
 
                 finite &= terms["total"].detach().isfinite()
@@ -81,6 +95,7 @@ class Step:
                 outcome.keys += batch.keys
                 outcome.picture = batch.images, mask, pred.detach()
 
+        self.mark("step")
         result = self.engine.step(self.learning_rate_at(step), finite=finite)
         outcome.applied, outcome.grad_norm = result.applied, result.grad_norm
         if not result.applied:

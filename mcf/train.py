@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 
-from mcf import checkpoint, cli, distributed, state
+from mcf import checkpoint, cli, distributed, startup, state
 from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
@@ -24,44 +25,51 @@ from mcf.errors import UserError
 from mcf.exits import SAVED
 from mcf.guard import Guard
 from mcf.meters import Meters
+from mcf.models.teacher import Teacher
 from mcf.plan import make_plan
+from mcf.spread import Spread
 from mcf.step import Outcome, Step
 from mcf.stop import StopSignal
 from mcf.track import Tracker
 from mcf.track.images import reconstruction_grid
-from mcf.weights import load_teacher
+from mcf.watchdog import Watchdog
+from mcf.weights import build_teacher, read_teacher
 
 log = logging.getLogger(__name__)
+
+# Seconds that a collective waits for a rank: longer than the watchdog, which knows more and says more.
+COLLECTIVE = 3 * 3600.0
 
 
 class Training:
     """One run on one rank: its parts, put together and brought to where the run stands."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World):
-        self.recipe, self.run_dir, self.world = recipe, run_dir, world
-        self.manifest = load_manifest(recipe.data.path or "")
+    def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, watchdog: Watchdog):
+        self.recipe, self.run_dir, self.world, self.watchdog = recipe, run_dir, world, watchdog
+        watchdog.mark("reading data")
+        startup.check_same_everywhere(world, recipe.data.path or "")
+        self.manifest = distributed.from_main(lambda: load_manifest(recipe.data.path or ""))
         self.plan = make_plan(recipe, self.manifest.samples)
         self.progress = state.Progress(data=self.manifest.fingerprint)
+        watchdog.mark("reading checkpoint")
         found = self._newest_checkpoint()
         if found is not None:
             # Before anything is built: a checkpoint of another run is refused at once.
-            self.progress = state.check_same_run(found, recipe, self.manifest.fingerprint)
+            fingerprint = self.manifest.fingerprint
+            self.progress = distributed.from_main(lambda: state.check_same_run(found, recipe, fingerprint))
 
-        teacher = load_teacher(
-            recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention, seed=recipe.seed
-        )
-        identity = state.fingerprint(teacher)
+        watchdog.mark("reading teacher")
+        teacher = self._teacher()
+        identity = distributed.from_main(lambda: state.fingerprint(teacher))
         if found is not None:
             state.check_same_teacher(self.progress, identity, recipe)
         self.progress.teacher = identity
-        self.step = Step(recipe, self.plan, teacher, world)
+        watchdog.mark("building")
+        self.step = Step(recipe, self.plan, teacher, world, watchdog.mark)
         self.resumed = found is not None
         self.interrupted = False
         if found is not None:
-            tensors, momentum = state.read(found)
-            self.step.engine.load_state_dict(tensors)
-            self.step.momentum.load_state_dict(momentum)
-            log.info("going on from %s: %d samples seen", found, self.progress.samples_seen)
+            self._go_on_from(found)
         self.guard = Guard(recipe.guard, run_dir, world.rank)
         self.meters = Meters(world)
         self.loader = Loader(
@@ -75,6 +83,7 @@ class Training:
             device=world.device,
             start=self.progress.samples_seen,
             threads=world.cores,
+            manifest=self.manifest,
         )
 
     def run(self, stop: StopSignal) -> bool:
@@ -97,7 +106,9 @@ class Training:
             tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
             told, stopping, failure = False, False, None
             while progress.step < last:
+                self.watchdog.mark("loading", progress.step + 1)
                 outcome = self.step(progress.step, batches)
+                self.watchdog.mark("logging")
                 progress.step += 1
                 progress.samples_seen += recipe.batch
                 self.meters.add(outcome, samples=recipe.batch)
@@ -119,6 +130,7 @@ class Training:
                     break
             if stopping and failure:
                 raise UserError(f"{failure}, then launch again: the run goes on from there")
+            self.watchdog.mark("ending")
             done = progress.step >= plan.steps
             self.interrupted = told and not done and not distributed.any_rank(stop.for_good)
             tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
@@ -128,6 +140,21 @@ class Training:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0
+
+    def _teacher(self) -> Teacher | None:
+        """The teacher, whose file rank 0 reads for all. Collective."""
+        config, size = self.recipe.teacher, self.recipe.model.image_size
+        tensors = Spread(lambda: read_teacher(config, image_size=size, seed=self.recipe.seed) or {}, self.world.device)
+        if not tensors:
+            return None
+        return build_teacher(dict(tensors), config, image_size=size, attention=self.recipe.attention)
+
+    def _go_on_from(self, found: Path) -> None:
+        """Take over the tensors of a checkpoint, which rank 0 reads for all. Collective."""
+        tensors, momentum = state.read(found) if self.world.is_main else ({}, {})
+        self.step.engine.load_state_dict(Spread(lambda: tensors, self.world.device))
+        self.step.momentum.load_state_dict(dict(Spread(lambda: momentum, self.world.device)))
+        log.info("going on from %s: %d samples seen", found, self.progress.samples_seen)
 
     def _newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint as rank 0 sees it; damaged ones are set aside."""
@@ -142,6 +169,7 @@ class Training:
     def _save(self, tracker: Tracker) -> str | None:
         """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""
         failed: str | None = None
+        self.watchdog.mark("saving")
         tensors = self.step.engine.state_dict()
         if self.world.is_main:
             step, keep = self.progress.step, self.recipe.checkpoint
@@ -154,6 +182,7 @@ class Training:
             except checkpoint.SaveFailed as failure:
                 failed = str(failure)
                 tracker.event("checkpoint_failed", message=failed, step=step)
+        self.watchdog.mark("waiting")
         # Nobody runs ahead into the next collective's time limit while rank 0 writes.
         return distributed.broadcast(failed)
 
@@ -186,10 +215,28 @@ def main(argv: list[str] | None = None) -> int:
     """Train one rank: `run=RUN_DIR` as mcf.launch writes it, or recipe=… key=value … directly.
 
     Exit status 0: done, or ended by ctrl-C. SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again.
+    RANK_LOST: another rank was dead or stuck.
     """
-    recipe, run_dir = read_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if cli.wants_help(argv):
+        cli.load_recipe(argv, verb="train")  # prints it and leaves
     stop = StopSignal()
-    world = distributed.join()
+    startup.keep_caches_local()
+    place = distributed.rendezvous(os.environ)
+    with Watchdog(place.rank, place.size, distributed.launch_name(os.environ)) as watchdog:
+        if run_dir := run_dir_of(argv):
+            watchdog.open(run_dir)
+        watchdog.mark("joining")
+        world = distributed.join(timeout=COLLECTIVE)
+        recipe, run_dir = distributed.from_main(lambda: read_arguments(argv))
+        watchdog.open(run_dir)
+        watchdog.configure(recipe.watchdog)
+        interrupted = train(recipe, run_dir, world, stop, watchdog)
+    return SAVED if interrupted else 0
+
+
+def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:
+    """Train from where the run stands until it is done or told to stop; whether it is to be started again. Collective."""
     distributed.set_threads(world, recipe.train.threads)
     level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -199,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{recipe.gpus_per_node} = {recipe.world_size}; start as many, or change the keys"
         )
     started = time.monotonic()
-    training = Training(recipe, run_dir, world)
+    training = Training(recipe, run_dir, world, watchdog)
     done = training.run(stop)
     step, steps = training.progress.step, training.plan.steps
     seconds = time.monotonic() - started
@@ -207,16 +254,21 @@ def main(argv: list[str] | None = None) -> int:
         "%s after step %d of %d, %.0f s", "done" if done else "stopped, launch again to go on:", step, steps, seconds
     )
     distributed.leave()
-    return SAVED if training.interrupted else 0
+    return training.interrupted
+
+
+def run_dir_of(argv: list[str]) -> Path | None:
+    """The run directory, if the command line names it."""
+    runs = [argument.removeprefix("run=") for argument in argv if argument.startswith("run=")]
+    return Path(runs[-1]) if runs else None
 
 
 def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:
     """Recipe and run directory from the command line."""
-    runs = [argument.removeprefix("run=") for argument in argv if argument.startswith("run=")]
-    if not runs:
+    run_dir = run_dir_of(argv)
+    if run_dir is None:
         recipe = cli.load_recipe(argv, verb="train")
         return recipe, Path(recipe.output) / recipe.name
-    run_dir = Path(runs[-1])
     file = run_dir / "recipe.yaml"
     if not file.exists():
         raise UserError(f"run={run_dir}: no recipe.yaml in it; start runs with python -m mcf.launch recipe=…")

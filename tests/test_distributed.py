@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from mcf.distributed import Rendezvous, cpu_quota, rendezvous
+from mcf.distributed import Rendezvous, cpu_quota, launch_name, rendezvous
 from mcf.errors import UserError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "2345"}
@@ -73,6 +73,17 @@ def test_submitit_local():
     assert rendezvous(SLURM | SUBMITIT | TORCHRUN).size == 8
 
 
+def test_a_launch_has_one_name_on_all_ranks_and_another_when_it_is_started_again():
+    for env, rank, again in (
+        (TORCHRUN, {"RANK": "0", "LOCAL_RANK": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}),
+        (SLURM, {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, {"SLURM_RESTART_COUNT": "1"}),
+        (SUBMITIT, {"SUBMITIT_LOCAL_GLOBALID": "0"}, {"SUBMITIT_LOCAL_JOB_ID": "4712"}),
+    ):
+        assert launch_name(env) == launch_name(env | rank) != launch_name(env | again)
+    # A rank alone was started by nobody; its process is what tells one start from another.
+    assert launch_name({"PATH": "/bin"}) == f"process {os.getpid()}"
+
+
 @pytest.mark.parametrize("name", TORCHRUN)
 def test_missing_variable_is_named(name):
     with pytest.raises(UserError, match=f"^{name} is not set.* set it"):
@@ -105,6 +116,8 @@ COLLECTIVES = """
 import os, torch
 from mcf.distributed import *
 from mcf.distributed import gather_objects
+from mcf.errors import UserError
+from mcf.spread import Spread
 world = join(timeout=60)
 r, n = world.rank, world.size
 assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == (str(r), str(n), str(world.local_rank))
@@ -128,6 +141,33 @@ assert any_rank(r == n - 1) is True and any_rank(False) is False
 assert broadcast({"run": r, "name": "a" * 5000})["run"] == 0
 assert gather_objects(("rank", r)) == [("rank", i) for i in range(n)]
 barrier()
+
+called = []
+assert from_main(lambda: called.append(r) or {"by": r}) == {"by": 0} and called == [0] * (r == 0)
+def refuse():
+    raise UserError("rank 0 says no")
+try:
+    from_main(refuse)
+    raise AssertionError("refused on rank 0 alone")
+except UserError as error:
+    assert str(error) == "rank 0 says no"
+
+tensors = {
+    "matrix": torch.arange(12.0).view(3, 4).t(), "count": torch.tensor(7), "empty": torch.empty(0, 4),
+    "flags": torch.tensor([True, False, True]), "half": torch.tensor([0.5, -2.0], dtype=torch.bfloat16),
+}
+spread = Spread(lambda: tensors if r == 0 else called.append("twice"), world.device)
+assert list(spread) == list(tensors) and spread.shapes == {name: tuple(t.shape) for name, t in tensors.items()}
+# In any order, so long as it is the same on all; one that nobody asks for is not sent.
+for name in ("half", "empty", "matrix", "count", "matrix"):
+    got = spread[name]
+    assert got.dtype == tensors[name].dtype and torch.equal(got, tensors[name]), name
+assert torch.equal(dict(spread)["flags"], tensors["flags"]) and "twice" not in called
+try:
+    Spread(refuse, world.device)
+    raise AssertionError("refused on rank 0 alone")
+except UserError:
+    pass
 
 cores = len(os.sched_getaffinity(0))
 assert 1 <= world.cores <= max(1, cores // n)

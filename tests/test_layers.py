@@ -61,7 +61,11 @@ ARROWS = {
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
     "mcf.distributed": {"mcf.errors"},
-    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors"},
+    "mcf.spread": {"mcf.distributed"},
+    "mcf.startup": {"mcf.data.shards", "mcf.distributed", "mcf.errors"},
+    "mcf.heartbeat": set(),
+    "mcf.watchdog": {"mcf.config", "mcf.exits", "mcf.heartbeat", "mcf.track.jsonl"},
+    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors", "mcf.spread"},
     "mcf.checkpoint": {"mcf.errors"},
     "mcf.stop": set(),
     "mcf.guard": {"mcf.config", "mcf.errors"},
@@ -73,7 +77,8 @@ ARROWS = {
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
-        "mcf.meters", "mcf.plan", "mcf.state", "mcf.step", "mcf.stop", "mcf.track", "mcf.weights",
+        "mcf.meters", "mcf.models", "mcf.plan", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
+        "mcf.watchdog", "mcf.weights",
     },
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
@@ -87,7 +92,7 @@ ARROWS = {
 NEVER = {"torchvision", "timm"}
 LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
-    "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
+    "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit", "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
 )  # fmt: skip
 
 

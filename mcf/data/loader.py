@@ -29,7 +29,7 @@ from mcf.config import DataConfig
 from mcf.data.dali import Decoder, Undecodable
 from mcf.data.order import Order
 from mcf.data.reader import PAUSES, Reader, Sample, Stored
-from mcf.data.shards import load_manifest
+from mcf.data.shards import Manifest, load_manifest
 from mcf.errors import UserError
 from mcf.kernels import FLIP, uniform
 
@@ -71,7 +71,8 @@ class Loader:
     be iterated again. `wait` is how many seconds the last `next()` waited for its batch.
 
     threads: decoder threads where data.threads is not set; default: the cores this process may run on, shared with
-    the other ranks of the machine as LOCAL_WORLD_SIZE counts them.
+    the other ranks of the machine as LOCAL_WORLD_SIZE counts them. manifest: that of data.path, where rank 0 has read it
+    for all; it is read here if None.
 
     Raises UserError for a folder that is not what it should be, for numbers that do not fit each other, and, out of
     `next()`, when the share of bad samples (distinct ones, of those this iteration has seen, at least 100) is over
@@ -92,10 +93,11 @@ class Loader:
         start: int = 0,
         threads: int | None = None,
         pauses: tuple[float, ...] = PAUSES,
+        manifest: Manifest | None = None,
     ):
         if data.path is None:
             raise UserError("data.path is not set; give the folder that mcf.pack wrote: data.path=FOLDER")
-        self.manifest = load_manifest(data.path)
+        self.manifest = manifest or load_manifest(data.path)
         self.order = Order(self.manifest.counts, batch=batch, streams=data.streams, window=data.window, seed=seed)
         _check_ranks(batch, micro_batch, data.streams, world_size)
         if start % batch:

@@ -134,6 +134,27 @@ def _hold_against_files(manifest: Manifest) -> None:
             )
 
 
+def sight(path: str | Path) -> str:
+    """What this machine sees in a folder, to be compared with what others see: one file read and one listing.
+
+    Fingerprint of the manifest and files of it that are not there, or what is wrong with the manifest; never raises.
+    """
+    try:
+        manifest = load_manifest(path, check=False)
+        with os.scandir(manifest.path) as entries:
+            there = {entry.name for entry in entries}
+    except UserError as error:
+        return str(error).partition(";")[0]
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    names = [file.name for shard in manifest.shards for file in (Path(shard.name), index_path(Path(shard.name)))]
+    missing = [name for name in names if name not in there]
+    more = f" and {len(missing) - 1} more" if missing[1:] else ""
+    return f"fingerprint {manifest.fingerprint} of {manifest.path}" + (
+        f" without {missing[0]}{more}" if missing else ""
+    )
+
+
 def _restore(folder: Path) -> str:
     """The remedy for damage. Packing is reproducible: what is packed again the same way is the same data to a run."""
     return f"restore it, or delete {folder} and pack it again: python -m mcf.pack source=IMAGES out={folder}"

@@ -1,5 +1,5 @@
-"""Weights in and out of files; `load_teacher` is what a run needs of it."""
+"""Weights in and out of files; `read_teacher` and `build_teacher` are what a run needs of it."""
 
-from mcf.weights.teacher import load_teacher
+from mcf.weights.teacher import build_teacher, load_teacher, read_teacher
 
-__all__ = ["load_teacher"]
+__all__ = ["build_teacher", "load_teacher", "read_teacher"]

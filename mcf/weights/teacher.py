@@ -7,6 +7,7 @@ of another shape, or not finite, ends the run before it starts (METHOD 1 and 2).
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,13 +23,23 @@ log = logging.getLogger(__name__)
 
 
 def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "auto", seed: int = 0) -> Teacher | None:
-    """The frozen teacher of a recipe, or None for `source=none`.
+    """The frozen teacher of a recipe, or None for `source=none`: `read_teacher`, then `build_teacher`."""
+    state = read_teacher(config, image_size=image_size, seed=seed)
+    return None if state is None else build_teacher(state, config, image_size=image_size, attention=attention)
+
+
+def build_teacher(state: Mapping[str, Tensor], config: TeacherConfig, *, image_size: int, attention: str) -> Teacher:
+    """The teacher that has these tensors; it copies them. `attention` is one of `mcf.attention.IMPLEMENTATIONS`."""
+    return Teacher(state, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention)
+
+
+def read_teacher(config: TeacherConfig, *, image_size: int, seed: int = 0) -> dict[str, Tensor] | None:
+    """The tensors of a recipe's teacher under timm's names, or None for `source=none`.
 
     Args:
         config: the recipe's teacher section; shapes come from the file, heads and taps from here.
         image_size: side of the images it will see, pixels; where it was trained at another, Teacher interpolates its
             position table.
-        attention: one of `mcf.attention.IMPLEMENTATIONS`.
         seed: of the weights of `source=random`.
 
     Raises UserError, one line, for every way in which the source is missing, damaged, of another kind, or does not
@@ -37,8 +48,7 @@ def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "au
     if config.source == "none":
         return None
     if config.source == "random":
-        state = _random(config, image_size, seed)
-        return Teacher(state, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention)
+        return _random(config, image_size, seed)
     encoder = _from_path(config)
     shape = encoder.shape
     check_heads(shape, config.heads, key="teacher.heads", where=encoder.origin, stated=encoder.heads)
@@ -48,7 +58,7 @@ def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "au
         encoder.origin, shape.width, shape.depth, config.heads, shape.patch_size, shape.image_size,
         "" if shape.image_size == image_size else f", its position table interpolated to {image_size}",
     )  # fmt: skip
-    return Teacher(encoder.tensors, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention)
+    return encoder.tensors
 
 
 def _from_path(config: TeacherConfig) -> Encoder:
