@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mcf.exits import INTERRUPTED, SAVED, USER_ERROR
+from mcf.exits import INTERRUPTED, SAVED, UNAVAILABLE, USER_ERROR
 from mcf.output import ERROR, say
 from mcf.task import JOBS, Status, read_statuses
 
@@ -51,12 +51,12 @@ def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, jo
         print(f"error: the ranks did not start ({took}); see {jobs}", file=sys.stderr)
         return 1
     log = jobs / f"{job}_{first.rank}_log.out"
-    if first.code == USER_ERROR and (said := told(log)):
+    if first.code in (USER_ERROR, UNAVAILABLE) and (said := told(log)):
         # The rank has said in one line what is to be done; what rank 0 said has been printed.
         if said != told(jobs / f"{job}_0_log.out"):
             print(f"{said} (rank {first.rank})", file=sys.stderr)
         print(f"stopped {took}; log: {log}", flush=True)
-        return USER_ERROR
+        return first.code
     if first.rank and not any(s.rank == 0 and s.code == first.code and s.because is None for s in statuses):
         print(f"--- the last lines of rank {first.rank}:")
         with contextlib.suppress(OSError):
