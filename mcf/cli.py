@@ -52,7 +52,7 @@ O = TypeVar("O", bound=BaseModel)  # noqa: E741
 
 
 def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
-    """Make a verb's `main(argv) -> status` out of a function: a UserError is one line and status 2, ctrl-C is 130."""
+    """Make a verb's `main(argv) -> status` out of a function: a UserError is one line and its status (2), ctrl-C is 130."""
 
     @functools.wraps(function)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
             return function(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
+            return error.status
         except KeyboardInterrupt:
             return 130
         except OSError as error:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 T = TypeVar("T")
 # torch 2.13 renamed the collective and warns about the old name, which 2.10 alone knows.
@@ -98,7 +99,8 @@ def join(backend: str | None = None, timeout: float = 1800.0) -> World:
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"rank {place.rank} of {place.size} could not join the group at {place.address}:{place.port} over "
-                f"{backend}: {error}; check that all ranks started and that MASTER_ADDR is reachable from each"
+                f"{backend}: {error}; check that all ranks started and that MASTER_ADDR is reachable from each",
+                UNAVAILABLE,
             ) from error
     host = socket.gethostname()
     # A list of pairs, one a rank: ranks of one host share cores where their affinities overlap.

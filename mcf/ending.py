@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mcf.exits import INTERRUPTED, RANK_LOST, SAVED, USER_ERROR
+from mcf.exits import INTERRUPTED, RANK_LOST, SAVED, UNAVAILABLE, USER_ERROR
 from mcf.output import ERROR, say
 from mcf.task import JOBS, Status, read_statuses
 
@@ -53,7 +53,7 @@ def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, jo
         print(f"error: the ranks did not start ({took}); see {jobs}", file=sys.stderr)
         return 1
     log = jobs / f"{job}_{first.rank}_log.out"
-    if first.code in (USER_ERROR, RANK_LOST) and (said := told(log)):
+    if first.code in (USER_ERROR, UNAVAILABLE, RANK_LOST) and (said := told(log)):
         # The rank has said in one line what is to be done, or which rank was lost; what rank 0 said has been printed.
         if said != told(jobs / f"{job}_0_log.out"):
             print(f"{said} (rank {first.rank})", file=sys.stderr)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that its message alone lets the user mend: one line, no traceback."""
+    """A mistake that its message alone lets the user mend: one line, no traceback.
 
-    def __init__(self, message: str):
+    status: exit status of the verb that it ends; see mcf.exits.
+    """
+
+    def __init__(self, message: str, status: int = 2):
         super().__init__(" ".join(str(message).split()))
+        self.status = status
 
 
 def missing_package(package: str, purpose: str, install: str | None = None) -> UserError:

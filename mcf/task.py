@@ -122,8 +122,9 @@ def place(env: Mapping[str, str]) -> Place:
     if address := env.get("SLURM_LAUNCH_NODE_IPADDR"):
         # srun runs on the first node, where rank 0 is; names of nodes need not resolve.
         found["MASTER_ADDR"] = address
-    # Another port at every start: what the former one left behind may still hold its own.
-    port = random.Random(f"{job}/{env.get('SLURM_STEP_ID')}/{start}").randrange(*PORTS)
+    # One port for all ranks of a start, and another at every start: what the former one left behind may hold its own.
+    which = (env.get("SLURM_WORKING_CLUSTER"), job, env.get("SLURM_STEP_ID"), start)
+    port = random.Random(repr(which)).randrange(*PORTS)
     return Place(job, start, int(rank), False, {**found, "MASTER_PORT": str(port)})
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mcf.distributed import Rendezvous, cpu_quota, launch_name, rendezvous
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "2345"}
 SLURM = {
@@ -224,7 +225,7 @@ def test_no_meeting_is_one_line():
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    code = "from mcf.distributed import join\ntry: join(timeout=1)\nexcept Exception as e: print(type(e).__name__, e)"
+    code = "from mcf.distributed import join\ntry: join(timeout=1)\nexcept Exception as e: print(type(e).__name__, e.status, e)"
     ((status, text),) = run_ranks(code, [env])
     assert status == 0
-    assert f"UserError rank 1 of 2 could not join the group at 127.0.0.1:{port} over gloo" in text
+    assert f"UserError {UNAVAILABLE} rank 1 of 2 could not join the group at 127.0.0.1:{port} over gloo" in text

@@ -60,7 +60,7 @@ ARROWS = {
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
-    "mcf.distributed": {"mcf.errors"},
+    "mcf.distributed": {"mcf.errors", "mcf.exits"},
     "mcf.spread": {"mcf.distributed"},
     "mcf.startup": {"mcf.data.shards", "mcf.distributed", "mcf.errors"},
     "mcf.heartbeat": set(),
