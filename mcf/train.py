@@ -32,7 +32,7 @@ from mcf.step import Outcome, Step
 from mcf.stop import StopSignal
 from mcf.track import Tracker
 from mcf.track.images import reconstruction_grid
-from mcf.watchdog import Watchdog
+from mcf.watchdog import Mark, Watchdog, unwatched
 from mcf.weights import build_teacher, read_teacher
 
 log = logging.getLogger(__name__)
@@ -44,28 +44,28 @@ COLLECTIVE = 3 * 3600.0
 class Training:
     """One run on one rank: its parts, put together and brought to where the run stands."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, watchdog: Watchdog):
-        self.recipe, self.run_dir, self.world, self.watchdog = recipe, run_dir, world, watchdog
-        watchdog.mark("reading data")
+    def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
+        self.recipe, self.run_dir, self.world, self.mark = recipe, run_dir, world, mark
+        mark("reading data")
         startup.check_same_everywhere(world, recipe.data.path or "")
         self.manifest = distributed.from_main(lambda: load_manifest(recipe.data.path or ""))
         self.plan = make_plan(recipe, self.manifest.samples)
         self.progress = state.Progress(data=self.manifest.fingerprint)
-        watchdog.mark("reading checkpoint")
+        mark("reading checkpoint")
         found = self._newest_checkpoint()
         if found is not None:
             # Before anything is built: a checkpoint of another run is refused at once.
             fingerprint = self.manifest.fingerprint
             self.progress = distributed.from_main(lambda: state.check_same_run(found, recipe, fingerprint))
 
-        watchdog.mark("reading teacher")
+        mark("reading teacher")
         teacher = self._teacher()
         identity = distributed.from_main(lambda: state.fingerprint(teacher))
         if found is not None:
             state.check_same_teacher(self.progress, identity, recipe)
         self.progress.teacher = identity
-        watchdog.mark("building")
-        self.step = Step(recipe, self.plan, teacher, world, watchdog.mark)
+        mark("building")
+        self.step = Step(recipe, self.plan, teacher, world, mark)
         self.resumed = found is not None
         self.interrupted = False
         if found is not None:
@@ -106,9 +106,9 @@ class Training:
             tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
             told, stopping, failure = False, False, None
             while progress.step < last:
-                self.watchdog.mark("loading", progress.step + 1)
+                self.mark("loading", progress.step + 1)
                 outcome = self.step(progress.step, batches)
-                self.watchdog.mark("logging")
+                self.mark("logging")
                 progress.step += 1
                 progress.samples_seen += recipe.batch
                 self.meters.add(outcome, samples=recipe.batch)
@@ -130,7 +130,7 @@ class Training:
                     break
             if stopping and failure:
                 raise UserError(f"{failure}, then launch again: the run goes on from there")
-            self.watchdog.mark("ending")
+            self.mark("ending")
             done = progress.step >= plan.steps
             self.interrupted = told and not done and not distributed.any_rank(stop.for_good)
             tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
@@ -169,7 +169,7 @@ class Training:
     def _save(self, tracker: Tracker) -> str | None:
         """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""
         failed: str | None = None
-        self.watchdog.mark("saving")
+        self.mark("saving")
         tensors = self.step.engine.state_dict()
         if self.world.is_main:
             step, keep = self.progress.step, self.recipe.checkpoint
@@ -182,7 +182,7 @@ class Training:
             except checkpoint.SaveFailed as failure:
                 failed = str(failure)
                 tracker.event("checkpoint_failed", message=failed, step=step)
-        self.watchdog.mark("waiting")
+        self.mark("waiting")
         # Nobody runs ahead into the next collective's time limit while rank 0 writes.
         return distributed.broadcast(failed)
 
@@ -246,7 +246,7 @@ def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSig
             f"{recipe.gpus_per_node} = {recipe.world_size}; start as many, or change the keys"
         )
     started = time.monotonic()
-    training = Training(recipe, run_dir, world, watchdog)
+    training = Training(recipe, run_dir, world, watchdog.mark)
     done = training.run(stop)
     step, steps = training.progress.step, training.plan.steps
     seconds = time.monotonic() - started

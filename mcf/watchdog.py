@@ -24,6 +24,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from mcf import heartbeat
 from mcf.config import WatchdogConfig
@@ -39,6 +40,16 @@ LOOKS = 3  # beats between the two looks at the others
 _AT_LEAST = 20.0  # seconds that storage which hangs may hold back the end
 # Phases that may take long: rank 0 writes a checkpoint, trackers are given time for their last words.
 _SLOW = ("saving", "waiting", "ending")
+
+
+class Mark(Protocol):
+    """`Watchdog.mark`, for those who only make marks."""
+
+    def __call__(self, phase: str, step: int | None = None) -> None: ...
+
+
+def unwatched(phase: str, step: int | None = None) -> None:
+    """The mark of a rank that nobody watches."""
 
 
 class Watchdog:
