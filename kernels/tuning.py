@@ -1,0 +1,84 @@
+"""Block sizes, warps and stages of every kernel, by shape class and chip; and what a compiled kernel is named by.
+
+The table is data: nothing is tuned while training runs, because ranks would come to different kernels and no run could
+be repeated. `python -m mcf.kernels.bench.tune` measures on the machine at hand and prints rows for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from mcf.kernels.triton_or_none import INTERPRETED, Kernel
+
+CHIPS = ("sm_80", "sm_90")
+"""What kernels are compiled for ahead of time: A100 and H100/H200."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut: sizes of its blocks by the names of its constexprs, warps, and stages of its loops."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: all that the compiler needs to know.
+
+    Every operation's module has `variants(chip) -> list[Variant]` for a chip of CHIPS: all that its launchers choose
+    there in bfloat16 and float32 for the shapes in use.
+
+    Args:
+        name: what a table calls it, `patch_gather/forward uint8→bf16 P=16`.
+        kernel: what `triton.jit` made.
+        signature: argument → Triton's type (`*bf16`, `i32`, `i64`, `fp32`), "constexpr" for those of `constexprs`;
+            all arguments, in order.
+        constexprs: argument → value.
+        num_warps, num_stages: as launched.
+        wants_tensor_cores: whether it is no good without them.
+        divisible: integer arguments that are multiples of 16 in use, which the compiler makes use of. All pointers are.
+    """
+
+    name: str
+    kernel: Kernel
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    wants_tensor_cores: bool = False
+    divisible: tuple[str, ...] = field(default=())
+
+
+TABLE: dict[tuple[str, str, str], Config] = {
+    # (kernel, shape class, chip): chips are those of CHIPS and "interpreter". A class of shapes is a word that the
+    # launcher derives from sizes; "any" is what holds where there is no row for it.
+}
+
+
+def config(kernel: str, shape: str, chip: str) -> Config:
+    """The row of a kernel for a shape class on a chip; KeyError: there is none, nor one for "any" shape."""
+    return TABLE.get((kernel, shape, chip)) or TABLE[kernel, "any", chip]
+
+
+def chip_of(device: torch.device) -> str:
+    """The chip whose rows hold on a device: the newest of CHIPS that is no newer; "interpreter" where kernels run in it."""
+    return "interpreter" if INTERPRETED else _chip(device)
+
+
+@cache
+def _chip(device: torch.device) -> str:
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+
+
+def type_of(dtype: torch.dtype) -> str:
+    """Triton's name of a type, as in `Variant.signature` after the asterisk."""
+    return {
+        torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+    }[dtype]  # fmt: skip
