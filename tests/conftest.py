@@ -13,7 +13,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import torch  # noqa: E402
+import torch
 
 # Before anything imports Triton, which decides at the decoration of a kernel. Without a GPU, kernels run in its
 # interpreter where a test asks for them by name; `auto` stays the reference on a CPU.
