@@ -4,11 +4,11 @@
 Triton, and nothing of the rest of mcf.
 """
 
+from mcf.kernels.feature_loss import feature_loss, feature_tap
 from mcf.kernels.reference import (
     ENCODER,
     FLIP,
     MOMENTUM,
-    feature_loss,
     info_nce,
     mask,
     patch_gather,
@@ -23,6 +23,7 @@ __all__ = [
     "FLIP",
     "MOMENTUM",
     "feature_loss",
+    "feature_tap",
     "info_nce",
     "mask",
     "patch_gather",

@@ -157,6 +157,11 @@ def feature_loss(features: Tensor, target: Tensor, axis: str = "tokens", eps: fl
         return F.mse_loss(ours, theirs)
 
 
+def feature_tap(features: Tensor, target: Tensor, axis: str = "tokens", eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """`feature_loss` where the features pass: (features, for whatever comes after; the loss). Arguments as there."""
+    return features, feature_loss(features, target, axis, eps)
+
+
 def info_nce(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """The contrastive loss 2T · cross-entropy(q̂·kᵀ/T, label) (METHOD 1; MoCo v3's scale, one direction).
 

@@ -59,6 +59,15 @@ class Variant:
 TABLE: dict[tuple[str, str, str], Config] = {
     # (kernel, shape class, chip): chips are those of CHIPS and "interpreter". A class of shapes is a word that the
     # launcher derives from sizes; "any" is what holds where there is no row for it.
+    # feature_loss: TILE is the number of values in a tile of whole columns. Nobody has measured these.
+    ("feature_loss/forward", "any", "sm_80"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
+    ("feature_loss/forward", "any", "sm_90"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
+    ("feature_loss/forward", "any", "interpreter"): Config({"TILE": 8192}),
+    ("feature_loss/backward", "tokens", "sm_80"): Config({"LENGTH": 16, "INNER": 128}, num_warps=4, num_stages=1),
+    ("feature_loss/backward", "channels", "sm_80"): Config({"LENGTH": 128, "INNER": 16}, num_warps=4, num_stages=1),
+    ("feature_loss/backward", "tokens", "sm_90"): Config({"LENGTH": 16, "INNER": 128}, num_warps=4, num_stages=1),
+    ("feature_loss/backward", "channels", "sm_90"): Config({"LENGTH": 128, "INNER": 16}, num_warps=4, num_stages=1),
+    ("feature_loss/backward", "any", "interpreter"): Config({"LENGTH": 32, "INNER": 32}),
 }
 
 
