@@ -59,6 +59,12 @@ class Variant:
 TABLE: dict[tuple[str, str, str], Config] = {
     # (kernel, shape class, chip): chips are those of CHIPS and "interpreter". A class of shapes is a word that the
     # launcher derives from sizes; "any" is what holds where there is no row for it.
+    # mask: a row of up to 256 keys is sorted inside one warp, by shuffles. Nobody has measured these.
+    ("mask", "≤256", "sm_80"): Config({}, num_warps=1, num_stages=1),
+    ("mask", "any", "sm_80"): Config({}, num_warps=4, num_stages=1),
+    ("mask", "≤256", "sm_90"): Config({}, num_warps=1, num_stages=1),
+    ("mask", "any", "sm_90"): Config({}, num_warps=4, num_stages=1),
+    ("mask", "any", "interpreter"): Config({}),
     # feature_loss: TILE is the number of values in a tile of whole columns. Nobody has measured these.
     ("feature_loss/forward", "any", "sm_80"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
     ("feature_loss/forward", "any", "sm_90"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
