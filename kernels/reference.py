@@ -89,7 +89,13 @@ def uniform(seed: int, positions: Tensor, view: int) -> Tensor:
 
 
 def patch_gather(
-    images: Tensor, ids: Tensor | None, patch_size: int, mean: Sequence[float] = (), std: Sequence[float] = ()
+    images: Tensor,
+    ids: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The patches of images as vectors, in the order of a convolution's weight (channel, row, column).
 
@@ -99,9 +105,10 @@ def patch_gather(
         ids: the patches that are wanted, int64 [B, K]; None for all, in order.
         patch_size: P, which divides H and W.
         mean, std: of the three channels, for uint8 images.
+        dtype: of the result; None: float32 for uint8 images, else the images' type.
 
     Returns:
-        [B, K, 3·P·P]; float32 for uint8 images, else the images' type.
+        [B, K, 3·P·P].
     """
     if images.dtype == torch.uint8:
         batch, height, width, channels = images.shape
@@ -111,12 +118,13 @@ def patch_gather(
         picked = flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
         pixels = picked.view(batch, -1, patch_size * patch_size, channels).to(torch.float32) / 255
         pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
-        return pixels.transpose(2, 3).flatten(2)
+        return pixels.transpose(2, 3).flatten(2).to(dtype or torch.float32)
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     grid = images.reshape(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
     flat = grid.reshape(batch, rows * columns, channels * patch_size * patch_size)
-    return flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
+    picked = flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
+    return picked.to(dtype or images.dtype)
 
 
 def token_restore(tokens: Tensor, mask_token: Tensor, position: Tensor, ids_restore: Tensor) -> Tensor:

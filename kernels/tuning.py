@@ -65,6 +65,11 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("mask", "≤256", "sm_90"): Config({}, num_warps=1, num_stages=1),
     ("mask", "any", "sm_90"): Config({}, num_warps=4, num_stages=1),
     ("mask", "any", "interpreter"): Config({}),
+    # patch_gather: TILE is the number of pixels in a tile. Nobody has measured these; of bytes, 4 pixels a thread make
+    # the loads of a warp touch few lines.
+    ("patch_gather", "any", "sm_80"): Config({"TILE": 1024}, num_warps=4, num_stages=1),
+    ("patch_gather", "any", "sm_90"): Config({"TILE": 1024}, num_warps=4, num_stages=1),
+    ("patch_gather", "any", "interpreter"): Config({"TILE": 4096}),
     # feature_loss: TILE is the number of values in a tile of whole columns. Nobody has measured these.
     ("feature_loss/forward", "any", "sm_80"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
     ("feature_loss/forward", "any", "sm_90"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
