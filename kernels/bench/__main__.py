@@ -15,7 +15,7 @@ from mcf.kernels.bench.table import Machine, Row, here, markdown, read_csv, writ
 from mcf.kernels.triton_or_none import INTERPRETED
 
 KEYS = {
-    "op": ("all", "operations, by commas: mask, patch_gather, token_restore, feature_tap, info_nce"),
+    "op": ("all", f"operations, by commas: {', '.join(registry.OPERATIONS)}"),
     "out": ("", "folder for bench.csv, bench.md and plots; without it nothing is written"),
     "sizes": ("auto", "full (of training on a large GPU) or small; auto: full on a GPU"),
     "timing": ("yes", "no: only check the kernels against the reference"),
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         values = parse("mcf.kernels.bench", "the kernels' times beside PyTorch's, once they are right", KEYS, argv)
         if values["plots"]:
             return _draw(Path(values["plots"]), values["out"])
-        ops = chosen("op", values["op"], registry.operations())
+        ops = chosen("op", values["op"], list(registry.OPERATIONS))
         sizes = _one_of("sizes", values["sizes"], "auto", "full", "small")
         timed = _one_of("timing", values["timing"], "yes", "no") == "yes"
         until = time.monotonic() + number("seconds", values["seconds"], 0)

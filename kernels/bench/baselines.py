@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcf.kernels import reference
 
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """torch.compile of a function: one graph without breaks, for the shapes that it is called with."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def mask_by_sorting(seed: int, positions: Tensor, view: int, patches: int, keep: int) -> tuple[Tensor, Tensor]:
@@ -30,11 +28,6 @@ def mask_by_sorting(seed: int, positions: Tensor, view: int, patches: int, keep:
 def patches_by_unshuffle(images: Tensor, ids: None, patch_size: int) -> Tensor:
     """All patches of float images by `pixel_unshuffle`, whose channels have the order of a convolution's weight."""
     return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2).contiguous()
-
-
-def tap(x: Tensor, target: Tensor, axis: str = "tokens", eps: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """A tap written plainly: autograd adds the loss's gradient to the stream's."""
-    return x.view_as(x), reference.feature_loss(x, target, axis, eps)
 
 
 def nce_half(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -67,6 +67,9 @@ def check(case: Case, function: Function, device: torch.device, slack: float = 1
     wanted = tensors(case.truth(*wide))
     if len(got) != len(wanted):
         return Verdict(float("inf"), f"{len(got)} outputs instead of {len(wanted)}")
+    for i, (a, b) in enumerate(zip(got, wanted)):
+        if a.shape != b.shape:
+            return Verdict(float("inf"), f"output {i} has shape {list(a.shape)} instead of {list(b.shape)}")
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, wanted))]
     if case.learn:
         above = upstream(case, got)
@@ -78,8 +81,6 @@ def check(case: Case, function: Function, device: torch.device, slack: float = 1
     tolerance = TOLERANCE[case.dtype] * slack
     worst = 0.0
     for name, a, b in pairs:
-        if a.shape != b.shape:
-            return Verdict(float("inf"), f"{name} has shape {list(a.shape)} instead of {list(b.shape)}")
         error, single = errors(a.detach(), b.detach())
         # Written so that a NaN does not pass.
         if not (error <= tolerance and single <= WORST * tolerance):

@@ -1,7 +1,8 @@
 """Every operation and shape that is measured: inputs, what computes it, and what it must cost at least.
 
 Bytes count each input once and each output once, as they lie in memory; operations count the multiplications and
-additions of matrix products (everything else hides behind the memory). Letters as in `mcf.kernels.reference`.
+additions of matrix products (everything else hides behind the memory). Letters as in `mcf.kernels.reference`; S is an
+image's side in pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from mcf.kernels.bench import baselines
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 T = 0.2
+
+OPERATIONS = ("mask", "patch_gather", "token_restore", "feature_tap", "feature_loss", "info_nce")
 
 Function = Callable[..., Any]
 
@@ -87,19 +90,21 @@ def cases(sizes: str, dtype: torch.dtype) -> list[Case]:
             _nce(1024, 65536, 256, dtype, accept_us=180),
             _nce(1024, 4096, 256, dtype, accept_us=25),
             # One tap a case: four of them make a step.
-            _tap(1024, 197, 768, dtype),
+            _feature(1024, 197, 768, dtype),
             _patches(1024, 224, 16, 49, dtype, accept_us=45),
             _restore(1024, 196, 49, 512, dtype, accept_us=90),
             _mask(1024, 196, 49, accept_us=15),
-            _image_patches(1024, 224, 16, dtype),
+            _image_patches(1024, 224, 16, None, dtype),
             _patches(1024, 224, 16, None, dtype),
-            _tap(1024, 197, 768, dtype, axis="channels"),
+            _feature(1024, 197, 768, dtype, axis="channels"),
             _nce(512, 4096, 256, dtype),
             _nce(1024, 16384, 256, dtype),
             _nce(4096, 65536, 256, dtype),
-            _tap(256, 197, 768, dtype),
-            _tap(512, 257, 1280, dtype),
+            _feature(1024, 197, 768, dtype, op="feature_loss"),
+            _feature(256, 197, 768, dtype),
+            _feature(512, 257, 1280, dtype),
             _patches(1024, 224, 14, 64, dtype),
+            _image_patches(1024, 224, 16, 49, dtype),
             _patches(256, 448, 16, 196, dtype),
             _restore(1024, 256, 64, 512, dtype),
             _restore(256, 784, 196, 512, dtype),
@@ -110,18 +115,15 @@ def cases(sizes: str, dtype: torch.dtype) -> list[Case]:
         _mask(63, 49, 12),
         _patches(5, 56, 14, 4, dtype),
         _patches(3, 64, 16, None, dtype),
-        _image_patches(3, 64, 16, dtype),
+        _image_patches(3, 64, 16, None, dtype),
+        _image_patches(3, 56, 14, 5, dtype),
         _restore(5, 63, 15, 96, dtype),
-        _tap(3, 63, 80, dtype),
-        _tap(3, 63, 80, dtype, axis="channels"),
+        _feature(3, 63, 80, dtype),
+        _feature(3, 63, 80, dtype, axis="channels"),
+        _feature(2, 197, 63, dtype, op="feature_loss"),
         _nce(63, 197, 64, dtype),
         _nce(100, 1000, 256, dtype),
     ]
-
-
-def operations() -> list[str]:
-    """The names of all operations that have cases."""
-    return sorted({case.op for case in cases("small", torch.float32)})
 
 
 def _mask(batch: int, patches: int, keep: int, accept_us: float | None = None) -> Case:
@@ -158,15 +160,14 @@ def _patches(
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         device = generator.device
         images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device=device, generator=generator)
-        ids = None if keep is None else reference.mask(0, torch.arange(batch, device=device), 0, patches, keep)[0]
-        return images, ids, patch, MEAN, STD
+        return images, _kept(device, batch, patches, keep), patch, MEAN, STD
 
     def plain(*arguments: Any) -> Tensor:
         return reference.patch_gather(*arguments).to(dtype)
 
     return Case(
         op="patch_gather",
-        shape=f"uint8 B={batch} {side}² P={patch} K={count}",
+        shape=f"uint8 B={batch} S={side} P={patch} K={count}",
         dtype=dtype,
         make=make,
         truth=reference.patch_gather,
@@ -179,25 +180,33 @@ def _patches(
     )
 
 
-def _image_patches(batch: int, side: int, patch: int, dtype: torch.dtype) -> Case:
-    def make(generator: torch.Generator) -> tuple[Any, ...]:
-        return _normal(generator, dtype, batch, 3, side, side), None, patch
+def _image_patches(batch: int, side: int, patch: int, keep: int | None, dtype: torch.dtype) -> Case:
+    patches = (side // patch) ** 2
+    count = patches if keep is None else keep
 
-    moved = Work(2 * batch * 3 * side * side * dtype.itemsize)
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        return _normal(generator, dtype, batch, 3, side, side), _kept(generator.device, batch, patches, keep), patch
+
+    picked = batch * count * 3 * patch * patch * dtype.itemsize
+    image = batch * 3 * side * side * dtype.itemsize
+    ids = 0 if keep is None else 8 * batch * count
+    functions = {
+        "triton": partial(kernels.patch_gather, implementation="triton"),
+        "eager": reference.patch_gather,
+        "compile": baselines.compiled(reference.patch_gather),
+    }
+    if keep is None:
+        functions["library"] = baselines.patches_by_unshuffle
     return Case(
         op="patch_gather",
-        shape=f"float B={batch} {side}² P={patch} all",
+        shape=f"float B={batch} S={side} P={patch} K={count}",
         dtype=dtype,
         make=make,
         truth=reference.patch_gather,
-        functions={
-            "triton": partial(kernels.patch_gather, implementation="triton"),
-            "eager": reference.patch_gather,
-            "compile": baselines.compiled(reference.patch_gather),
-            "library": baselines.patches_by_unshuffle,
-        },
-        forward=moved,
-        backward=moved,
+        functions=functions,
+        forward=Work(2 * picked + ids),
+        # The gradient of a whole image is written, zeros too.
+        backward=Work(picked + image + ids),
         learn=(0,),
     )
 
@@ -231,7 +240,12 @@ def _restore(
     )
 
 
-def _tap(batch: int, tokens: int, width: int, dtype: torch.dtype, axis: str = "tokens") -> Case:
+def _feature(
+    batch: int, tokens: int, width: int, dtype: torch.dtype, axis: str = "tokens", op: str = "feature_tap"
+) -> Case:
+    tap = op == "feature_tap"
+    kernel, plain = (getattr(module, op) for module in (kernels, reference))
+
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         return _normal(generator, dtype, batch, tokens, width), _normal(generator, dtype, batch, tokens, width), axis
 
@@ -239,19 +253,19 @@ def _tap(batch: int, tokens: int, width: int, dtype: torch.dtype, axis: str = "t
     # The loss's gradient is then about as large as the stream's, a standard normal, and both are seen to be right.
     weight = batch * tokens * width * (tokens if axis == "tokens" else width) / 2.0
     return Case(
-        op="feature_tap",
+        op=op,
         shape=f"B={batch} L+1={tokens} C={width} {axis}",
         dtype=dtype,
         make=make,
-        truth=reference.feature_tap,
+        truth=plain,
         functions={
-            "triton": partial(kernels.feature_tap, implementation="triton"),
-            "eager": reference.feature_tap,
-            "compile": baselines.compiled(reference.feature_tap),
+            "triton": partial(kernel, implementation="triton"),
+            "eager": plain,
+            "compile": baselines.compiled(plain),
         },
-        # Both features are read for the loss; for the gradient also the stream's, and the sum is written.
+        # Both features are read for the loss; for the gradient again, with a tap the stream's too, and one is written.
         forward=Work(2 * one, accept_floor=1.3),
-        backward=Work(4 * one, accept_floor=1.3),
+        backward=Work((4 if tap else 3) * one, accept_floor=1.3),
         learn=(0,),
         weight=weight,
     )
@@ -283,6 +297,11 @@ def _nce(queries: int, keys: int, width: int, dtype: torch.dtype, accept_us: flo
         backward=Work(2 * queries * width * dtype.itemsize),
         learn=(0,),
     )
+
+
+def _kept(device: torch.device, batch: int, patches: int, keep: int | None) -> Tensor | None:
+    """Ids of the patches that a mask keeps; None for all patches."""
+    return None if keep is None else reference.mask(0, torch.arange(batch, device=device), 0, patches, keep)[0]
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
