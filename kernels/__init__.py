@@ -1,22 +1,15 @@
-"""The operations of the training step that have, or will have, a kernel of their own.
+"""The operations of the training step that have a kernel of their own.
 
-`reference` is the truth of each in plain PyTorch, and the CPU's path. Importing this package needs neither a GPU nor
-Triton, and nothing of the rest of mcf.
+Each is one function for every device: its kernel in Triton on a GPU, and `reference`, the truth of each in plain
+PyTorch, on a CPU (`implementation=` insists on one; see `dispatch`). Importing this package needs neither a GPU nor
+Triton, and nothing of the rest of mcf. A function hides the module of its name: `from mcf.kernels.mask import …` reaches it.
 """
 
 from mcf.kernels.feature_loss import feature_loss, feature_tap
-from mcf.kernels.reference import (
-    ENCODER,
-    FLIP,
-    MOMENTUM,
-    info_nce,
-    mask,
-    patch_gather,
-    philox,
-    rank,
-    token_restore,
-    uniform,
-)
+from mcf.kernels.mask import mask
+from mcf.kernels.patch_gather import patch_gather
+from mcf.kernels.reference import ENCODER, FLIP, MOMENTUM, info_nce, philox, rank, uniform
+from mcf.kernels.token_restore import token_restore
 
 __all__ = [
     "ENCODER",

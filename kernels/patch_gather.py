@@ -280,9 +280,9 @@ def patch_gather(
 
 
 def variants(chip: str) -> list[Variant]:
-    """What the launchers choose: patches of 8, 14 and 16 pixels, some or all of them, to and from both types."""
+    """What the launchers choose: patches of 14 and 16 pixels, some or all of them, to and from both types."""
     made = []
-    for patch_size in (8, 14, 16):
+    for patch_size in (14, 16):
         for ids in (True, False):
             for dtype in FLOATS:
                 made += _variants_of(chip, patch_size, ids, type_of(dtype))

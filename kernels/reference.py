@@ -13,6 +13,7 @@ never of the device, the number of ranks, or what was drawn before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ def token_restore(tokens: Tensor, mask_token: Tensor, position: Tensor, ids_rest
         ids_restore: int64 [B, L], the place of each patch in the shuffled order.
 
     Returns:
-        [B, 1+L, D] in float32 at least.
+        [B, 1+L, D], in the type that tokens and position promote to: float32 where the table is.
     """
     keep = tokens.shape[1] - 1
     # Dropped patches read the last visible row, which `where` then throws away: their gradient into it is zero.
@@ -183,16 +184,50 @@ def info_nce(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) 
     Returns:
         A scalar, float32 at least.
     """
+    return F.cross_entropy(_cosines(queries, keys) / temperature, labels) * (2 * temperature)
+
+
+class InfoNCE(NamedTuple):
+    """The contrastive loss, and of what it is made; means over the queries. The loss alone has a gradient."""
+
+    loss: Tensor
+    positive: Tensor
+    """Cosine of a query and its own key."""
+    negative: Tensor
+    """Cosine of a query and the other keys; 0 where there are none."""
+    entropy: Tensor
+    """Of the softmax over the keys, nats, in [0, log M]: log M where all keys look alike."""
+    accuracy: Tensor
+    """Share of queries that are nearer to their own key than to any other by more than rounding, a cosine of 1e-5."""
+
+
+def info_nce_statistics(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> InfoNCE:
+    """`info_nce` with its statistics, scalars of the loss's type. Arguments as there."""
+    cosines = _cosines(queries, keys)
+    logits = cosines / temperature
+    loss = F.cross_entropy(logits, labels) * (2 * temperature)
+    with torch.no_grad():
+        own = cosines.gather(1, labels[:, None])
+        others = cosines.scatter(1, labels[:, None], -torch.inf)
+        return InfoNCE(
+            loss,
+            positive=own.mean(),
+            negative=(cosines.sum() - own.sum()) / (len(cosines) * max(cosines.shape[1] - 1, 1)),
+            entropy=torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean(),
+            accuracy=(own > others.amax(dim=1, keepdim=True) + 1e-5).to(cosines.dtype).mean(),
+        )
+
+
+def _cosines(queries: Tensor, keys: Tensor) -> Tensor:
+    """Of every query and every key that it meets, [N, M]."""
     with torch.autocast(queries.device.type, enabled=False):
         queries = F.normalize(_precise(queries), dim=1)
         keys = keys.detach().to(queries.dtype)
         if keys.dim() == 3:
             runs = queries.view(len(keys), -1, queries.shape[1])
-            logits = torch.einsum("gnd,gmd->gnm", runs, keys).flatten(0, 1)
-        else:
-            # einsum and not @: its gradient is added up as the reference's, to the last bit.
-            logits = torch.einsum("nd,md->nm", queries, keys)
-        return F.cross_entropy(logits / temperature, labels) * (2 * temperature)
+            return torch.einsum("gnd,gmd->gnm", runs, keys).flatten(0, 1)
+        # einsum and not @: its gradient is added up as the reference's, to the last bit.
+        return torch.einsum("nd,md->nm", queries, keys)
 
 
 def _precise(x: Tensor) -> Tensor:

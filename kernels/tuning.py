@@ -70,6 +70,14 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("patch_gather", "any", "sm_80"): Config({"TILE": 1024}, num_warps=4, num_stages=1),
     ("patch_gather", "any", "sm_90"): Config({"TILE": 1024}, num_warps=4, num_stages=1),
     ("patch_gather", "any", "interpreter"): Config({"TILE": 4096}),
+    # token_restore: TILE is the number of values in a tile of rows, STEPS the tiles that a program adds up. Nobody has
+    # measured these.
+    ("token_restore/forward", "any", "sm_80"): Config({"TILE": 4096}, num_warps=8, num_stages=1),
+    ("token_restore/forward", "any", "sm_90"): Config({"TILE": 4096}, num_warps=8, num_stages=1),
+    ("token_restore/forward", "any", "interpreter"): Config({"TILE": 4096}),
+    ("token_restore/backward", "any", "sm_80"): Config({"TILE": 4096, "STEPS": 8}, num_warps=8, num_stages=1),
+    ("token_restore/backward", "any", "sm_90"): Config({"TILE": 4096, "STEPS": 8}, num_warps=8, num_stages=1),
+    ("token_restore/backward", "any", "interpreter"): Config({"TILE": 4096, "STEPS": 2}),
     # feature_loss: TILE is the number of values in a tile of whole columns. Nobody has measured these.
     ("feature_loss/forward", "any", "sm_80"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
     ("feature_loss/forward", "any", "sm_90"): Config({"TILE": 8192}, num_warps=8, num_stages=1),
@@ -79,6 +87,29 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("feature_loss/backward", "tokens", "sm_90"): Config({"LENGTH": 16, "INNER": 128}, num_warps=4, num_stages=1),
     ("feature_loss/backward", "channels", "sm_90"): Config({"LENGTH": 128, "INNER": 16}, num_warps=4, num_stages=1),
     ("feature_loss/backward", "any", "interpreter"): Config({"LENGTH": 32, "INNER": 32}),
+    # info_nce/pass: by type and width. N queries and M keys a tile, STEP columns at a time of the first product (all, where
+    # it is left out), PROGRAMS that a multiprocessor runs at once. Nobody has measured these; they compile without spills.
+    ("info_nce/pass", "bf16 64", "sm_80"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=2),
+    ("info_nce/pass", "bf16 128", "sm_80"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=2),
+    ("info_nce/pass", "bf16 256", "sm_80"): Config({"N": 64, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=2),
+    ("info_nce/pass", "bf16 512", "sm_80"): Config({"N": 32, "M": 32, "PROGRAMS": 1}, num_warps=8, num_stages=2),
+    ("info_nce/pass", "bf16 64", "sm_90"): Config({"N": 128, "M": 128, "PROGRAMS": 1}, num_warps=8, num_stages=3),
+    ("info_nce/pass", "bf16 128", "sm_90"): Config({"N": 128, "M": 128, "PROGRAMS": 1}, num_warps=8, num_stages=3),
+    ("info_nce/pass", "bf16 256", "sm_90"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=3),
+    ("info_nce/pass", "bf16 512", "sm_90"): Config({"N": 64, "M": 32, "PROGRAMS": 1}, num_warps=8, num_stages=2),
+    ("info_nce/pass", "fp32 64", "sm_80"): Config({"N": 32, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 128", "sm_80"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 256", "sm_80"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 512", "sm_80"): Config({"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 64", "sm_90"): Config({"N": 32, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 128", "sm_90"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 256", "sm_90"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 512", "sm_90"): Config({"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "any", "interpreter"): Config({"N": 32, "M": 64, "PROGRAMS": 1}),
+    ("info_nce/pass", "fp32 256", "interpreter"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}),
+    ("info_nce/combine", "any", "sm_80"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
+    ("info_nce/combine", "any", "sm_90"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
+    ("info_nce/combine", "any", "interpreter"): Config({"ROWS": 32}),
 }
 
 
