@@ -6,18 +6,21 @@ Triton, and nothing of the rest of mcf. A function hides the module of its name:
 """
 
 from mcf.kernels.feature_loss import feature_loss, feature_tap
+from mcf.kernels.info_nce import info_nce, info_nce_statistics
 from mcf.kernels.mask import mask
 from mcf.kernels.patch_gather import patch_gather
-from mcf.kernels.reference import ENCODER, FLIP, MOMENTUM, info_nce, philox, rank, uniform
+from mcf.kernels.reference import ENCODER, FLIP, MOMENTUM, InfoNCE, philox, rank, uniform
 from mcf.kernels.token_restore import token_restore
 
 __all__ = [
     "ENCODER",
     "FLIP",
     "MOMENTUM",
+    "InfoNCE",
     "feature_loss",
     "feature_tap",
     "info_nce",
+    "info_nce_statistics",
     "mask",
     "patch_gather",
     "philox",

@@ -90,21 +90,37 @@ TABLE: dict[tuple[str, str, str], Config] = {
     # info_nce/pass: by type and width. N queries and M keys a tile, STEP columns at a time of the first product (all, where
     # it is left out), PROGRAMS that a multiprocessor runs at once. Nobody has measured these; they compile without spills.
     ("info_nce/pass", "bf16 64", "sm_80"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=2),
-    ("info_nce/pass", "bf16 128", "sm_80"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=2),
+    ("info_nce/pass", "bf16 128", "sm_80"): Config({"N": 128, "M": 32, "PROGRAMS": 1}, num_warps=8, num_stages=3),
     ("info_nce/pass", "bf16 256", "sm_80"): Config({"N": 64, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=2),
     ("info_nce/pass", "bf16 512", "sm_80"): Config({"N": 32, "M": 32, "PROGRAMS": 1}, num_warps=8, num_stages=2),
-    ("info_nce/pass", "bf16 64", "sm_90"): Config({"N": 128, "M": 128, "PROGRAMS": 1}, num_warps=8, num_stages=3),
-    ("info_nce/pass", "bf16 128", "sm_90"): Config({"N": 128, "M": 128, "PROGRAMS": 1}, num_warps=8, num_stages=3),
+    ("info_nce/pass", "bf16 64", "sm_90"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=3),
+    ("info_nce/pass", "bf16 128", "sm_90"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=3),
     ("info_nce/pass", "bf16 256", "sm_90"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=3),
     ("info_nce/pass", "bf16 512", "sm_90"): Config({"N": 64, "M": 32, "PROGRAMS": 1}, num_warps=8, num_stages=2),
-    ("info_nce/pass", "fp32 64", "sm_80"): Config({"N": 32, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 128", "sm_80"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 256", "sm_80"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 512", "sm_80"): Config({"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 64", "sm_90"): Config({"N": 32, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 128", "sm_90"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 256", "sm_90"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
-    ("info_nce/pass", "fp32 512", "sm_90"): Config({"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1),
+    ("info_nce/pass", "fp32 64", "sm_80"): Config(
+        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 128", "sm_80"): Config(
+        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 256", "sm_80"): Config(
+        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 512", "sm_80"): Config(
+        {"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 64", "sm_90"): Config(
+        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 128", "sm_90"): Config(
+        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 256", "sm_90"): Config(
+        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1
+    ),
+    ("info_nce/pass", "fp32 512", "sm_90"): Config(
+        {"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1
+    ),
     ("info_nce/pass", "any", "interpreter"): Config({"N": 32, "M": 64, "PROGRAMS": 1}),
     ("info_nce/pass", "fp32 256", "interpreter"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}),
     ("info_nce/combine", "any", "sm_80"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
