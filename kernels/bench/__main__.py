@@ -86,10 +86,12 @@ def run(cases: list[Case], device: torch.device, timed: bool, until: float, out:
 def _cases(ops: list[str], sizes: str, device: torch.device) -> list[Case]:
     gpu = device.type == "cuda"
     if sizes == "full" or (sizes == "auto" and gpu):
-        return [case for case in registry.cases("full", torch.bfloat16) if case.op in ops]
-    dtypes = (torch.bfloat16, torch.float32) if gpu else (torch.float32,)
-    cases = [case for dtype in dtypes for case in registry.cases("small", dtype) if case.op in ops]
-    return [case for i, case in enumerate(cases) if case.name not in {other.name for other in cases[:i]}]
+        cases = registry.cases("full", torch.bfloat16)
+    else:
+        dtypes = (torch.bfloat16, torch.float32) if gpu else (torch.float32,)
+        cases = [case for dtype in dtypes for case in registry.cases("small", dtype)]
+    # A case of ids alone is the same one for every type.
+    return list({case.name: case for case in cases if case.op in ops}.values())
 
 
 def _functions(case: Case, device: torch.device, timed: bool) -> dict[str, Function]:

@@ -5,6 +5,7 @@ Both get the same arguments, rounded to the type that is measured, and the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def leaves(case: Case, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.detach().requires_grad_() if place in case.learn else x for place, x in enumerate(arguments))
 
 
-def upstream(case: Case, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def upstream(case: Case, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients from above for outputs of an operation, the same ones (but for rounding) for each implementation."""
     generator = torch.Generator(outputs[0].device).manual_seed(1)
     return tuple(
@@ -62,9 +63,9 @@ def check(case: Case, function: Function, device: torch.device, slack: float = 1
         slack: factor on TOLERANCE.
     """
     arguments = leaves(case, case.make(torch.Generator(device).manual_seed(0)))
-    got = tensors(function(*arguments))
+    got: Sequence[Tensor] = tensors(function(*arguments))
     wide = leaves(case, tuple(x.double() if _floating(x) else x for x in arguments))
-    wanted = tensors(case.truth(*wide))
+    wanted: Sequence[Tensor] = tensors(case.truth(*wide))
     if len(got) != len(wanted):
         return Verdict(float("inf"), f"{len(got)} outputs instead of {len(wanted)}")
     for i, (a, b) in enumerate(zip(got, wanted)):
@@ -72,6 +73,11 @@ def check(case: Case, function: Function, device: torch.device, slack: float = 1
             return Verdict(float("inf"), f"output {i} has shape {list(a.shape)} instead of {list(b.shape)}")
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, wanted))]
     if case.learn:
+        learnt = [i for i, x in enumerate(wanted) if x.requires_grad]
+        for i in learnt:
+            if not got[i].requires_grad:
+                return Verdict(float("inf"), f"output {i} passes no gradient on")
+        got, wanted = [got[i] for i in learnt], [wanted[i] for i in learnt]
         above = upstream(case, got)
         ours = torch.autograd.grad(got, [arguments[i] for i in case.learn], above)
         theirs = torch.autograd.grad(

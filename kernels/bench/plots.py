@@ -87,7 +87,7 @@ def _roofline(rows: list[Row], machine: Machine, out: Path) -> Path:
 
 def _kind(row: Row) -> str:
     """The words of a shape without its numbers: shapes of one kind are joined by a line."""
-    return " ".join(word for word in row.shape.split() if re.fullmatch("[a-z]+8?", word))
+    return " ".join(word for word in row.shape.split() if re.fullmatch("[a-z_]+(8|32)?", word))
 
 
 def _known(value: float | None) -> float:

@@ -23,7 +23,7 @@ from mcf.kernels.bench import baselines
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 T = 0.2
 
-OPERATIONS = ("mask", "patch_gather", "token_restore", "feature_tap", "feature_loss", "info_nce")
+OPERATIONS = ("mask", "patch_gather", "token_restore", "feature_tap", "feature_loss", "info_nce", "info_nce_statistics")
 
 Function = Callable[..., Any]
 
@@ -100,12 +100,15 @@ def cases(sizes: str, dtype: torch.dtype) -> list[Case]:
             _nce(512, 4096, 256, dtype),
             _nce(1024, 16384, 256, dtype),
             _nce(4096, 65536, 256, dtype),
+            _nce(1024, 4096, 256, dtype, statistics=True),
+            _nce(1024, 512, 256, dtype, groups=8),
             _feature(1024, 197, 768, dtype, op="feature_loss"),
             _feature(256, 197, 768, dtype),
             _feature(512, 257, 1280, dtype),
             _patches(1024, 224, 14, 64, dtype),
             _image_patches(1024, 224, 16, 49, dtype),
             _patches(256, 448, 16, 196, dtype),
+            _restore(1024, 196, 49, 512, dtype, stream=torch.float32),
             _restore(1024, 256, 64, 512, dtype),
             _restore(256, 784, 196, 512, dtype),
             _mask(4096, 196, 49),
@@ -123,6 +126,8 @@ def cases(sizes: str, dtype: torch.dtype) -> list[Case]:
         _feature(2, 197, 63, dtype, op="feature_loss"),
         _nce(63, 197, 64, dtype),
         _nce(100, 1000, 256, dtype),
+        _nce(40, 63, 96, dtype, groups=4),
+        _nce(63, 197, 512, dtype, statistics=True),
     ]
 
 
@@ -190,7 +195,7 @@ def _image_patches(batch: int, side: int, patch: int, keep: int | None, dtype: t
     picked = batch * count * 3 * patch * patch * dtype.itemsize
     image = batch * 3 * side * side * dtype.itemsize
     ids = 0 if keep is None else 8 * batch * count
-    functions = {
+    functions: dict[str, Function] = {
         "triton": partial(kernels.patch_gather, implementation="triton"),
         "eager": reference.patch_gather,
         "compile": baselines.compiled(reference.patch_gather),
@@ -212,20 +217,33 @@ def _image_patches(batch: int, side: int, patch: int, keep: int | None, dtype: t
 
 
 def _restore(
-    batch: int, patches: int, keep: int, width: int, dtype: torch.dtype, accept_us: float | None = None
+    batch: int,
+    patches: int,
+    keep: int,
+    width: int,
+    dtype: torch.dtype,
+    stream: torch.dtype | None = None,
+    accept_us: float | None = None,
 ) -> Case:
+    stream = stream or dtype  # the type of the position table, and so of the result
+
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         device = generator.device
         ids = reference.mask(0, torch.arange(batch, device=device), 0, patches, keep)[1]
         tokens = _normal(generator, dtype, batch, 1 + keep, width)
-        mask_token = _normal(generator, dtype, 1, 1, width)
-        return tokens, mask_token, _normal(generator, dtype, 1, 1 + patches, width), ids
+        # A parameter, which is float32 whatever the activations are.
+        mask_token = _normal(generator, torch.float32, 1, 1, width)
+        return tokens, mask_token, _normal(generator, stream, 1, 1 + patches, width), ids
 
-    rows = batch * width * dtype.itemsize
-    moved = rows * (1 + keep) + rows * (1 + patches) + batch * patches * 8
+    rows = batch * width
+    moved = Work(
+        rows * ((1 + keep) * dtype.itemsize + (1 + patches) * stream.itemsize) + 8 * batch * patches,
+        accept_us=accept_us,
+    )
+    onto = "" if stream == dtype else f" onto_{str(stream).removeprefix('torch.')}"
     return Case(
         op="token_restore",
-        shape=f"B={batch} L={patches} K={keep} D={width}",
+        shape=f"B={batch} L={patches} K={keep} D={width}{onto}",
         dtype=dtype,
         make=make,
         truth=reference.token_restore,
@@ -234,8 +252,8 @@ def _restore(
             "eager": reference.token_restore,
             "compile": baselines.compiled(reference.token_restore),
         },
-        forward=Work(moved, accept_us=accept_us),
-        backward=Work(moved, accept_us=accept_us),
+        forward=moved,
+        backward=moved,
         learn=(0, 1),
     )
 
@@ -271,29 +289,47 @@ def _feature(
     )
 
 
-def _nce(queries: int, keys: int, width: int, dtype: torch.dtype, accept_us: float | None = None) -> Case:
+def _nce(
+    queries: int,
+    keys: int,
+    width: int,
+    dtype: torch.dtype,
+    accept_us: float | None = None,
+    groups: int | None = None,
+    statistics: bool = False,
+) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        q = _normal(generator, dtype, queries, width)
-        k = F.normalize(_normal(generator, torch.float32, keys, width), dim=1).to(dtype)
-        labels = keys // 3 + torch.arange(queries, device=generator.device)
-        return q, k, labels, T
+        k = F.normalize(_normal(generator, torch.float32, groups or 1, keys, width), dim=2).to(dtype)
+        labels = keys // 3 + torch.arange(queries // (groups or 1), device=generator.device)
+        # Every other query is near its own key, as after some training, and the rest is anywhere.
+        noise = _normal(generator, torch.float32, groups or 1, len(labels), width)
+        near = (torch.arange(len(labels), device=generator.device) % 2 == 0)[:, None]
+        q = torch.where(near, k[:, labels].float() + 0.05 * noise, noise).flatten(0, 1).to(dtype)
+        return q, k if groups else k[0], labels.repeat(groups or 1), T
 
-    plain = baselines.nce_half if dtype == torch.bfloat16 else reference.info_nce
-    moved = dtype.itemsize * width * (2 * queries + keys)
+    op = "info_nce_statistics" if statistics else "info_nce"
+    kernel, plain = (getattr(module, op) for module in (kernels, reference))
+    functions: dict[str, Function] = {"triton": partial(kernel, implementation="triton")}
+    if not statistics and not groups and dtype == torch.bfloat16:
+        functions |= {"eager": baselines.nce_half, "compile": baselines.compiled(baselines.nce_half)}
+    else:
+        functions |= {"eager": plain, "compile": baselines.compiled(plain)}
+    if not statistics and not groups:
+        functions["library"] = baselines.nce_flash
+    of_groups = f" G={groups}" if groups else ""
     return Case(
-        op="info_nce",
-        shape=f"N={queries} M={keys} D={width}",
+        op=op,
+        shape=f"N={queries} M={keys} D={width}{of_groups}",
         dtype=dtype,
         make=make,
-        truth=reference.info_nce,
-        functions={
-            "triton": partial(kernels.info_nce, implementation="triton"),
-            "eager": plain,
-            "compile": baselines.compiled(plain),
-            "library": baselines.nce_flash,
-        },
+        truth=plain,
+        functions=functions,
         # q·kᵀ and p·k, both in the forward pass; the backward pass scales the gradient that was kept.
-        forward=Work(moved, 4 * queries * keys * width, accept_us=accept_us),
+        forward=Work(
+            dtype.itemsize * width * (2 * queries + keys * (groups or 1)),
+            4 * queries * keys * width,
+            accept_us=accept_us,
+        ),
         backward=Work(2 * queries * width * dtype.itemsize),
         learn=(0,),
     )

@@ -138,10 +138,12 @@ def inputs(case: Case, function: Function, device: torch.device) -> list[tuple[A
 
 def _inputs(case: Case, function: Function, generator: torch.Generator) -> tuple[Any, ...]:
     arguments = leaves(case, case.make(generator))
-    if not case.learn:
-        return arguments, ()
-    with torch.no_grad():
-        return arguments, upstream(case, tensors(function(*arguments)))
+    return arguments, upstream(case, _learnt(function(*arguments))) if case.learn else ()
+
+
+def _learnt(outputs: Any) -> tuple[Tensor, ...]:
+    """The outputs that a gradient comes through."""
+    return tuple(x for x in tensors(outputs) if x.requires_grad)
 
 
 def _round(case: Case, function: Function, sets: Sequence[tuple[Any, ...]], watch: Clock) -> dict[str, list[float]]:
@@ -151,10 +153,10 @@ def _round(case: Case, function: Function, sets: Sequence[tuple[Any, ...]], watc
     watch.begin()
     for arguments, _ in sets:
         start = watch.mark()
-        result = tensors(function(*arguments))
+        result = function(*arguments)
         forward.append((start, watch.mark()))
         # Without a backward pass nothing needs to be kept, and the allocator gives the same memory again.
-        results.append(result if case.learn else ())
+        results.append(_learnt(result) if case.learn else ())
     if case.learn:
         for place, (arguments, above) in enumerate(sets):
             wanted = [arguments[i] for i in case.learn]
@@ -185,9 +187,9 @@ def peak_mib(case: Case, function: Function, device: torch.device) -> float | No
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    result = tensors(function(*arguments))
+    result = function(*arguments)
     if case.learn:
-        torch.autograd.grad(result, [arguments[i] for i in case.learn], above)
+        torch.autograd.grad(_learnt(result), [arguments[i] for i in case.learn], above)
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
