@@ -122,7 +122,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
         {"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=8, num_stages=1
     ),
     ("info_nce/pass", "any", "interpreter"): Config({"N": 32, "M": 64, "PROGRAMS": 1}),
-    ("info_nce/pass", "fp32 256", "interpreter"): Config({"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}),
+    ("info_nce/pass", "fp32 256", "interpreter"): Config({"N": 32, "M": 64, "STEP": 64, "PROGRAMS": 1}),
     ("info_nce/combine", "any", "sm_80"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
     ("info_nce/combine", "any", "sm_90"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
     ("info_nce/combine", "any", "interpreter"): Config({"ROWS": 32}),
