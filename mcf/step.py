@@ -25,6 +25,8 @@ from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.distributed import World
 from mcf.engine import Engine
+from mcf.errors import UserError
+from mcf.kernels.dispatch import unavailable
 from mcf.models.mcf import Objective, build_student, dropped
 from mcf.models.momentum import MomentumBranch
 from mcf.models.teacher import Teacher
@@ -50,6 +52,8 @@ class Step:
     """The network, its momentum branch, its objective and its optimiser, put together for one rank."""
 
     def __init__(self, recipe: Recipe, plan: Plan, teacher: Teacher | None, world: World):
+        if recipe.kernels == "triton" and (why := unavailable(world.device)):
+            raise UserError(f"kernels=triton: {why}; use kernels=auto")
         self.recipe, self.plan, self.world = recipe, plan, world
         self.masks = Masks(recipe)
         student = build_student(recipe).to(world.device)
@@ -143,6 +147,7 @@ class Masks:
         self.mode = recipe.mask.momentum
         self.patches = recipe.model.patches
         self.keep = recipe.visible_patches
+        self.kernels = recipe.kernels
 
     def of_encoder(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(ids_keep int64 [B, K], ids_restore int64 [B, L]) of mask A."""
@@ -155,4 +160,4 @@ class Masks:
         return self._draw(batch, kernels.ENCODER if self.mode == "same" else kernels.MOMENTUM)[0]
 
     def _draw(self, batch: Batch, view: int) -> tuple[Tensor, Tensor]:
-        return kernels.mask(self.seed, batch.positions, view, self.patches, self.keep)
+        return kernels.mask(self.seed, batch.positions, view, self.patches, self.keep, implementation=self.kernels)

@@ -47,7 +47,11 @@ class Training:
             self.progress = state.check_same_run(found, recipe, self.manifest.fingerprint)
 
         teacher = load_teacher(
-            recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention, seed=recipe.seed
+            recipe.teacher,
+            image_size=recipe.model.image_size,
+            attention=recipe.attention,
+            kernels=recipe.kernels,
+            seed=recipe.seed,
         )
         identity = state.fingerprint(teacher)
         if found is not None:

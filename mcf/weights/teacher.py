@@ -7,6 +7,7 @@ of another shape, or not finite, ends the run before it starts (METHOD 1 and 2).
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from mcf.weights.vit import check_heads, check_taps, check_width
 log = logging.getLogger(__name__)
 
 
-def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "auto", seed: int = 0) -> Teacher | None:
+def load_teacher(
+    config: TeacherConfig, *, image_size: int, attention: str = "auto", kernels: str = "auto", seed: int = 0
+) -> Teacher | None:
     """The frozen teacher of a recipe, or None for `source=none`.
 
     Args:
@@ -29,6 +32,7 @@ def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "au
         image_size: side of the images it will see, pixels; where it was trained at another, Teacher interpolates its
             position table.
         attention: one of `mcf.attention.IMPLEMENTATIONS`.
+        kernels: one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
         seed: of the weights of `source=random`.
 
     Raises UserError, one line, for every way in which the source is missing, damaged, of another kind, or does not
@@ -36,9 +40,12 @@ def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "au
     """
     if config.source == "none":
         return None
+    teacher = partial(
+        Teacher, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention, kernels=kernels
+    )
     if config.source == "random":
         state = _random(config, image_size, seed)
-        return Teacher(state, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention)
+        return teacher(state)
     encoder = _from_path(config)
     shape = encoder.shape
     check_heads(shape, config.heads, key="teacher.heads", where=encoder.origin, stated=encoder.heads)
@@ -48,7 +55,7 @@ def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "au
         encoder.origin, shape.width, shape.depth, config.heads, shape.patch_size, shape.image_size,
         "" if shape.image_size == image_size else f", its position table interpolated to {image_size}",
     )  # fmt: skip
-    return Teacher(encoder.tensors, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention)
+    return teacher(encoder.tensors)
 
 
 def _from_path(config: TeacherConfig) -> Encoder:
