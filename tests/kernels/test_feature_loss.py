@@ -147,9 +147,9 @@ def test_inputs_used_twice(device):
 
 def test_any_shape():
     hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
+    st, phase = hypothesis.strategies, hypothesis.Phase
 
-    @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=12, deadline=None, derandomize=True, phases=(phase.explicit, phase.generate))
     @hypothesis.given(st.integers(1, 4), st.integers(2, 600), st.integers(2, 70), st.sampled_from(AXES))
     def check(batch, tokens, channels, axis):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -306,3 +306,15 @@ def test_gpu_beyond_32_bit_addresses():
     assert torch.equal(columns[:, -2:].flatten(1), last)
     # The weights undo the share of one value, which is rounded apart for each.
     torch.testing.assert_close(grad[-2:], expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.gpu
+def test_gpu_does_not_wait_for_the_device():
+    a, b = (numbers(3, 63, 40, seed=i, device="cuda") for i in range(2))
+    a.requires_grad_()
+    sum(kernels.feature_tap(a, b)[1:]).backward()  # compiled before, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sum(kernels.feature_tap(a, b)[1:]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
