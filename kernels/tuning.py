@@ -98,7 +98,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("info_nce/pass", "bf16 256", "sm_90"): Config({"N": 128, "M": 64, "PROGRAMS": 1}, num_warps=8, num_stages=3),
     ("info_nce/pass", "bf16 512", "sm_90"): Config({"N": 64, "M": 32, "PROGRAMS": 1}, num_warps=8, num_stages=2),
     ("info_nce/pass", "fp32 64", "sm_80"): Config(
-        {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
+        {"N": 16, "M": 16, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
     ),
     ("info_nce/pass", "fp32 128", "sm_80"): Config(
         {"N": 16, "M": 32, "STEP": 32, "PROGRAMS": 1}, num_warps=4, num_stages=1
