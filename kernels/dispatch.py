@@ -68,9 +68,8 @@ def _resolve(op: str, implementation: str, device: torch.device, dtype: torch.dt
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation={implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     name = str(dtype).removeprefix("torch.")
-    why_not = unavailable(device) or unless
-    if not why_not and dtype.is_floating_point and dtype not in FLOATS:
-        why_not = f"the kernel does not compute in {name}"
+    wrong_type = dtype.is_floating_point and dtype not in FLOATS
+    why_not = unavailable(device) or (f"the kernel does not compute in {name}" if wrong_type else unless)
     if implementation == "triton" and why_not:
         raise ValueError(f"{op}: implementation='triton': {why_not}; use 'auto' or 'reference'")
     if implementation == "auto" and not why_not and device.type != "cuda":

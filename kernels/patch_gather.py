@@ -259,8 +259,8 @@ def patch_gather(
     )  # fmt: skip
     height, width = images.shape[1:3] if packed else images.shape[2:]
     expect_shape(
-        "patch_gather", "images", images, not (height % patch_size or width % patch_size),
-        f"of a height and width that patch_size={patch_size} divides",
+        "patch_gather", "images", images,
+        patch_size > 0 and not (height % patch_size or width % patch_size), f"of a height and width that patch_size={patch_size} divides",
     )  # fmt: skip
     if ids is not None:
         expect_dtype("patch_gather", "ids", ids, torch.int64)

@@ -117,7 +117,7 @@ def patch_gather(
         grid = images.view(batch, rows, patch_size, columns, patch_size, channels).transpose(2, 3)
         flat = grid.reshape(batch, rows * columns, patch_size * patch_size * channels)
         picked = flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
-        pixels = picked.view(batch, -1, patch_size * patch_size, channels).to(torch.float32) / 255
+        pixels = picked.view(batch, picked.shape[1], patch_size * patch_size, channels).to(torch.float32) / 255
         pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
         return pixels.transpose(2, 3).flatten(2).to(dtype or torch.float32)
     batch, channels, height, width = images.shape
