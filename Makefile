@@ -35,6 +35,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# kernels/ is imported as mcf.kernels, which mypy has to be shown.
+	@mkdir -p build/types/mcf && touch build/types/mcf/__init__.py && ln -sfn ../../../kernels build/types/mcf/kernels
+	MYPYPATH=build/types $(BIN)/mypy -p mcf.kernels
 
 # With the Python of the path, and not the one of .venv: PYTHON=… names another.
 gpu-check:
