@@ -1,8 +1,9 @@
-# Two commands: `make demo` and `make test`. Both make .venv and install into it, once.
+# `make demo` and `make test` make .venv and install into it, once; `make gpu-check` installs nothing.
 #
 #   make demo                     generated faces → shards → a few minutes of pre-training → pictures, metrics, checkpoint
 #   make demo DATA=my/faces       the same on a folder of your own images
 #   make test                     lint, types, tests
+#   make gpu-check OUT=folder     the kernels' GPU tests and benchmark, on a machine with torch, triton, numpy and pytest
 #
 # Which torch: TORCH names the version, PIP_TORCH adds options to the one pip call that installs it. PyPI's wheel is the
 # CUDA build; for a CPU-only machine pass PIP_TORCH="--index-url …" with the CPU index that pytorch.org names, which
@@ -11,6 +12,7 @@
 TORCH     ?= torch==2.13.0
 PIP_TORCH ?=
 DATA      ?=
+OUT       ?=
 VENV      ?= .venv
 
 # The first Python on the path that the project runs on.
@@ -20,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -33,6 +35,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# kernels/ is imported as mcf.kernels, which mypy has to be shown.
+	@mkdir -p build/types/mcf && touch build/types/mcf/__init__.py && ln -sfn ../../../kernels build/types/mcf/kernels
+	MYPYPATH=build/types $(BIN)/mypy -p mcf.kernels
+
+# With the Python of the path, and not the one of .venv: PYTHON=… names another.
+gpu-check:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10–3.13 on the path; name one with PYTHON=…" >&2; exit 2; }
+	@$(PYTHON) kernels/bench/gpu_check.py "$(OUT)"
 
 install: $(STAMP)
 

@@ -13,6 +13,7 @@ never of the device, the number of ranks, or what was drawn before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,13 @@ def uniform(seed: int, positions: Tensor, view: int) -> Tensor:
 
 
 def patch_gather(
-    images: Tensor, ids: Tensor | None, patch_size: int, mean: Sequence[float] = (), std: Sequence[float] = ()
+    images: Tensor,
+    ids: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The patches of images as vectors, in the order of a convolution's weight (channel, row, column).
 
@@ -99,9 +106,10 @@ def patch_gather(
         ids: the patches that are wanted, int64 [B, K]; None for all, in order.
         patch_size: P, which divides H and W.
         mean, std: of the three channels, for uint8 images.
+        dtype: of the result; None: float32 for uint8 images, else the images' type.
 
     Returns:
-        [B, K, 3·P·P]; float32 for uint8 images, else the images' type.
+        [B, K, 3·P·P].
     """
     if images.dtype == torch.uint8:
         batch, height, width, channels = images.shape
@@ -109,14 +117,15 @@ def patch_gather(
         grid = images.view(batch, rows, patch_size, columns, patch_size, channels).transpose(2, 3)
         flat = grid.reshape(batch, rows * columns, patch_size * patch_size * channels)
         picked = flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
-        pixels = picked.view(batch, -1, patch_size * patch_size, channels).to(torch.float32) / 255
+        pixels = picked.view(batch, picked.shape[1], patch_size * patch_size, channels).to(torch.float32) / 255
         pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
-        return pixels.transpose(2, 3).flatten(2)
+        return pixels.transpose(2, 3).flatten(2).to(dtype or torch.float32)
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     grid = images.reshape(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
     flat = grid.reshape(batch, rows * columns, channels * patch_size * patch_size)
-    return flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
+    picked = flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
+    return picked.to(dtype or images.dtype)
 
 
 def token_restore(tokens: Tensor, mask_token: Tensor, position: Tensor, ids_restore: Tensor) -> Tensor:
@@ -129,7 +138,7 @@ def token_restore(tokens: Tensor, mask_token: Tensor, position: Tensor, ids_rest
         ids_restore: int64 [B, L], the place of each patch in the shuffled order.
 
     Returns:
-        [B, 1+L, D] in float32 at least.
+        [B, 1+L, D], in the type that tokens and position promote to: float32 where the table is.
     """
     keep = tokens.shape[1] - 1
     # Dropped patches read the last visible row, which `where` then throws away: their gradient into it is zero.
@@ -157,6 +166,11 @@ def feature_loss(features: Tensor, target: Tensor, axis: str = "tokens", eps: fl
         return F.mse_loss(ours, theirs)
 
 
+def feature_tap(features: Tensor, target: Tensor, axis: str = "tokens", eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """`feature_loss` where the features pass: (features, for whatever comes after; the loss). Arguments as there."""
+    return features, feature_loss(features, target, axis, eps)
+
+
 def info_nce(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """The contrastive loss 2T · cross-entropy(q̂·kᵀ/T, label) (METHOD 1; MoCo v3's scale, one direction).
 
@@ -170,16 +184,50 @@ def info_nce(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) 
     Returns:
         A scalar, float32 at least.
     """
+    return F.cross_entropy(_cosines(queries, keys) / temperature, labels) * (2 * temperature)
+
+
+class InfoNCE(NamedTuple):
+    """The contrastive loss, and of what it is made; means over the queries. The loss alone has a gradient."""
+
+    loss: Tensor
+    positive: Tensor
+    """Cosine of a query and its own key."""
+    negative: Tensor
+    """Cosine of a query and the other keys; 0 where there are none."""
+    entropy: Tensor
+    """Of the softmax over the keys, nats, in [0, log M]: log M where all keys look alike."""
+    accuracy: Tensor
+    """Share of queries that are nearer to their own key than to any other by more than rounding, a cosine of 1e-5."""
+
+
+def info_nce_statistics(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> InfoNCE:
+    """`info_nce` with its statistics, scalars of the loss's type. Arguments as there."""
+    cosines = _cosines(queries, keys)
+    logits = cosines / temperature
+    loss = F.cross_entropy(logits, labels) * (2 * temperature)
+    with torch.no_grad():
+        own = cosines.gather(1, labels[:, None])
+        others = cosines.scatter(1, labels[:, None], -torch.inf)
+        return InfoNCE(
+            loss,
+            positive=own.mean(),
+            negative=(cosines.sum() - own.sum()) / (len(cosines) * max(cosines.shape[1] - 1, 1)),
+            entropy=torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean(),
+            accuracy=(own > others.amax(dim=1, keepdim=True) + 1e-5).to(cosines.dtype).mean(),
+        )
+
+
+def _cosines(queries: Tensor, keys: Tensor) -> Tensor:
+    """Of every query and every key that it meets, [N, M]."""
     with torch.autocast(queries.device.type, enabled=False):
         queries = F.normalize(_precise(queries), dim=1)
         keys = keys.detach().to(queries.dtype)
         if keys.dim() == 3:
             runs = queries.view(len(keys), -1, queries.shape[1])
-            logits = torch.einsum("gnd,gmd->gnm", runs, keys).flatten(0, 1)
-        else:
-            # einsum and not @: its gradient is added up as the reference's, to the last bit.
-            logits = torch.einsum("nd,md->nm", queries, keys)
-        return F.cross_entropy(logits / temperature, labels) * (2 * temperature)
+            return torch.einsum("gnd,gmd->gnm", runs, keys).flatten(0, 1)
+        # einsum and not @: its gradient is added up as the reference's, to the last bit.
+        return torch.einsum("nd,md->nm", queries, keys)
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -148,8 +148,6 @@ def _schedule(r: Recipe) -> None:
 
 
 def _rest(r: Recipe) -> None:
-    if r.kernels == "triton":
-        raise UserError("kernels=triton: no Triton kernels in this version; use kernels=auto")
     every, keep_every = r.checkpoint.every, r.checkpoint.keep_every
     if keep_every % every:
         raise UserError(

@@ -281,7 +281,10 @@ class Recipe(Section):
     )
     nodes: Positive = Field(1, description="machines")
     gpus_per_node: Positive = Field(1, description="ranks a machine: one a GPU, or processes where there is no GPU")
-    kernels: Literal["auto", "triton", "reference"] = Field("auto", description="which implementation of the kernels")
+    kernels: Literal["auto", "triton", "reference"] = Field(
+        "auto",
+        description="what computes the operations that have kernels: triton (NVIDIA GPUs), reference (plain PyTorch), auto",
+    )
     attention: Literal["auto", "xformers", "sdpa", "math"] = Field(
         "auto", description="which implementation of attention"
     )

@@ -25,6 +25,8 @@ from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.distributed import World
 from mcf.engine import Engine
+from mcf.errors import UserError
+from mcf.kernels.dispatch import unavailable
 from mcf.models.mcf import Objective, build_student, dropped
 from mcf.models.momentum import MomentumBranch
 from mcf.models.teacher import Teacher
@@ -60,6 +62,8 @@ class Step:
         world: World,
         mark: Callable[[str], None] = lambda phase: None,
     ):
+        if recipe.kernels == "triton" and (why := unavailable(world.device)):
+            raise UserError(f"kernels=triton: {why}; use kernels=auto")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
         self.masks = Masks(recipe)
         student = build_student(recipe).to(world.device)
@@ -158,6 +162,7 @@ class Masks:
         self.mode = recipe.mask.momentum
         self.patches = recipe.model.patches
         self.keep = recipe.visible_patches
+        self.kernels = recipe.kernels
 
     def of_encoder(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(ids_keep int64 [B, K], ids_restore int64 [B, L]) of mask A."""
@@ -170,4 +175,4 @@ class Masks:
         return self._draw(batch, kernels.ENCODER if self.mode == "same" else kernels.MOMENTUM)[0]
 
     def _draw(self, batch: Batch, view: int) -> tuple[Tensor, Tensor]:
-        return kernels.mask(self.seed, batch.positions, view, self.patches, self.keep)
+        return kernels.mask(self.seed, batch.positions, view, self.patches, self.keep, implementation=self.kernels)

@@ -147,7 +147,9 @@ class Training:
         tensors = Spread(lambda: read_teacher(config, image_size=size, seed=self.recipe.seed) or {}, self.world.device)
         if not tensors:
             return None
-        return build_teacher(dict(tensors), config, image_size=size, attention=self.recipe.attention)
+        return build_teacher(
+            dict(tensors), config, image_size=size, attention=self.recipe.attention, kernels=self.recipe.kernels
+        )
 
     def _go_on_from(self, found: Path) -> None:
         """Take over the tensors of a checkpoint, which rank 0 reads for all. Collective."""

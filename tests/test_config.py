@@ -156,7 +156,6 @@ def small(*argv: str) -> list[str]:
         (["optimizer.warmup_epochs=16"], ["optimizer.warmup_epochs=16", "train.epochs=16"]),
         (["optimizer.lr=1e-4", "optimizer.min_lr=1e-3"], ["optimizer.min_lr=0.001", "0.0001"]),
         # the rest
-        (["kernels=triton"], ["no Triton kernels in this version; use kernels=auto"]),
         (["checkpoint.every=300", "checkpoint.keep_every=1000"], ["checkpoint.keep_every=1000", "use 900"]),
         (["slurm.time=2", "slurm.warn_seconds=120"], ["slurm.warn_seconds=120"]),
         (["model.heads=5"], ["model.width=768 is not divisible by model.heads=5"]),

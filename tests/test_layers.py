@@ -71,7 +71,8 @@ ARROWS = {
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},
     "mcf.step": {
-        "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.kernels", "mcf.models", "mcf.plan", "mcf.schedule",
+        "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.plan",
+        "mcf.schedule",
     },
     "mcf.meters": {"mcf.data", "mcf.distributed", "mcf.step"},
     # Verbs that bring rooms together.

@@ -22,6 +22,7 @@ from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.data.order import Order
 from mcf.errors import UserError
+from mcf.kernels import dispatch
 from mcf.plan import make_plan
 from mcf.step import Outcome, Step
 from mcf.train import Training
@@ -46,7 +47,9 @@ def world() -> Iterator[distributed.World]:
 
 def build(world: distributed.World, **overrides) -> Step:
     recipe = Recipe.model_validate(tiny.recipe(Path("runs/r"), Path("data"), **overrides))
-    teacher = load_teacher(recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention)
+    teacher = load_teacher(
+        recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention, kernels=recipe.kernels
+    )
     return Step(recipe, make_plan(recipe, SAMPLES), teacher, world)
 
 
@@ -242,3 +245,29 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_samples(world, tmp
     for file, number in zip(files, (2, 4, 5, 6)):
         places = [order.locate(position) for position in range((number - 1) * BATCH, number * BATCH)]
         assert json.loads(file.read_text())["keys"] == [f"{starts[place.shard] + place.row:06d}" for place in places]
+
+
+# ------------------------------------------------------------------------------------------- kernels
+
+
+def test_triton_where_it_cannot_compute_is_refused_before_anything_is_built(world, monkeypatch):
+    # As without the interpreter, which the tests set.
+    monkeypatch.setattr("mcf.kernels.dispatch.INTERPRETED", False)
+    words = "kernels=triton: Triton computes on CUDA devices only, this is cpu; use kernels=auto"
+    if world.device.type == "cuda":
+        monkeypatch.setattr("mcf.kernels.dispatch.HAS_TRITON", False)
+        words = "kernels=triton: Triton is not installed; use kernels=auto"
+    with pytest.raises(UserError, match=words):
+        build(world, kernels="triton")
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_the_recipes_kernels_compute_every_operation(world, kernels, caplog):
+    dispatch._resolve.cache_clear()
+    dispatch._say.cache_clear()
+    with caplog.at_level("INFO", logger="mcf.kernels.dispatch"):
+        outcome = build(world, kernels=kernels)(0, batches(0))
+    assert outcome.applied
+    said = {record.getMessage().partition(":")[0].split()[0]: record.getMessage() for record in caplog.records}
+    assert {"mask", "patch_gather", "token_restore", "feature_loss", "info_nce"} <= said.keys()
+    assert all(f": {kernels} (as asked)" in text for text in said.values()), said

@@ -118,7 +118,9 @@ def prepare(recipe: Recipe, world: World, *, compare: bool) -> list[Contestant]:
         positions = index * recipe.batch + torch.arange(recipe.batch, device=world.device)
         return Batch(images.to(world.device), positions, [str(int(p)) for p in positions])
 
-    teacher = load_teacher(recipe.teacher, image_size=size, attention=recipe.attention, seed=recipe.seed)
+    teacher = load_teacher(
+        recipe.teacher, image_size=size, attention=recipe.attention, kernels=recipe.kernels, seed=recipe.seed
+    )
     frozen = {} if teacher is None else {name: tensor.clone() for name, tensor in teacher.vit.state_dict().items()}
     ours = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), teacher, world)
     contestants = [Contestant("mcf", lambda index: _ours(ours, index, batch(index)))]

@@ -21,6 +21,7 @@ class Decoder(nn.Module):
         patch_size: side P of a patch, pixels.
         width, depth, heads, mlp_ratio: of the decoder's own blocks.
         attention: one of `mcf.attention.IMPLEMENTATIONS`.
+        kernels: one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
     """
 
     pos_embed: Tensor
@@ -36,8 +37,10 @@ class Decoder(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         attention: str = "auto",
+        kernels: str = "auto",
     ):
         super().__init__()
+        self.kernels = kernels
         self.embed = Linear(tokens_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
         self.register_buffer("pos_embed", sincos_positions(width, grid)[None])
@@ -47,7 +50,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
         """Encoder tokens [B, 1+K, tokens_width] and the places of patches [B, L] → patches [B, L, P·P·3]."""
-        x = token_restore(self.embed(tokens), self.mask_token, self.pos_embed, ids_restore)
+        x = token_restore(self.embed(tokens), self.mask_token, self.pos_embed, ids_restore, implementation=self.kernels)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x)[:, 1:])

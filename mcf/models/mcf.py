@@ -31,13 +31,11 @@ class MCF(nn.Module):
     Args:
         config: widths, depths, heads and sizes.
         attention: one of `mcf.attention.IMPLEMENTATIONS`.
-        kernels: which implementation of the operations: "auto" or "reference".
+        kernels: one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
     """
 
     def __init__(self, config: ModelConfig, *, attention: str = "auto", kernels: str = "auto"):
         super().__init__()
-        if kernels == "triton":
-            raise UserError("kernels=triton: this version has no Triton kernels; use kernels=auto")
         self.config = config
         self.encoder = VisionTransformer(
             image_size=config.image_size,
@@ -47,6 +45,7 @@ class MCF(nn.Module):
             heads=config.heads,
             mlp_ratio=config.mlp_ratio,
             attention=attention,
+            kernels=kernels,
         )
         self.decoder = Decoder(
             tokens_width=config.width,
@@ -57,6 +56,7 @@ class MCF(nn.Module):
             heads=config.decoder.heads,
             mlp_ratio=config.mlp_ratio,
             attention=attention,
+            kernels=kernels,
         )
         self.projector = projector(config.width, config.projection)
         self.predictor = predictor(config.projection)

@@ -26,6 +26,7 @@ class Teacher(nn.Module):
         taps: blocks whose outputs are compared, counted from 0.
         image_size: side of the images it will see, pixels; None for the size it was made for.
         attention: one of `mcf.attention.IMPLEMENTATIONS`.
+        kernels: one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
 
     Raises:
         UserError: taps beyond the depth, or an image size that its patches do not divide.
@@ -40,9 +41,10 @@ class Teacher(nn.Module):
         taps: tuple[int, ...] = (2, 5, 8, 11),
         image_size: int | None = None,
         attention: str = "auto",
+        kernels: str = "auto",
     ):
         super().__init__()
-        vit = vit_of(state, heads=heads, attention=attention)
+        vit = vit_of(state, heads=heads, attention=attention, kernels=kernels)
         if not taps or max(taps) >= len(vit.blocks):
             raise UserError(
                 f"teacher.taps={list(taps)}: the teacher has blocks 0 to {len(vit.blocks) - 1}; name blocks among them"
@@ -78,7 +80,9 @@ class Teacher(nn.Module):
     forward = features
 
 
-def vit_of(state: Mapping[str, Tensor], *, heads: int, attention: str = "auto") -> VisionTransformer:
+def vit_of(
+    state: Mapping[str, Tensor], *, heads: int, attention: str = "auto", kernels: str = "auto"
+) -> VisionTransformer:
     """A ViT with the tensors of a state dict in timm's names; its shape is read from them (RuntimeError: it is not whole)."""
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
@@ -94,6 +98,7 @@ def vit_of(state: Mapping[str, Tensor], *, heads: int, attention: str = "auto") 
             heads=heads,
             mlp_ratio=hidden / width,
             attention=attention,
+            kernels=kernels,
         )
     vit.load_state_dict({name: tensor.detach().clone().float() for name, tensor in state.items()}, assign=True)
     return vit

@@ -75,14 +75,19 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches to tokens, with the weight in a convolution's layout, `proj.weight` [width, 3, P, P]."""
 
-    def __init__(self, patch_size: int, width: int):
+    def __init__(self, patch_size: int, width: int, kernels: str = "auto"):
         super().__init__()
         self.patch_size = patch_size
+        self.kernels = kernels
         self.proj = PatchProjection(patch_size, width)
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Images (uint8 [B, H, W, 3], or normalised float [B, 3, H, W]) → tokens of the patches `ids` [B, K, width]."""
-        return self.proj(patch_gather(images, ids, self.patch_size, MEAN, STD))
+        kind = images.device.type
+        # What autocast would round the patches to: they are written in that type, and never exist in float32.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        patches = patch_gather(images, ids, self.patch_size, MEAN, STD, dtype=dtype, implementation=self.kernels)
+        return self.proj(patches)
 
 
 class PatchProjection(nn.Module):
@@ -117,6 +122,7 @@ class VisionTransformer(nn.Module):
         width, depth, heads: of the transformer.
         mlp_ratio: hidden width of the MLPs / width.
         attention: one of `mcf.attention.IMPLEMENTATIONS`.
+        kernels: one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
     """
 
     pos_embed: Tensor
@@ -131,12 +137,13 @@ class VisionTransformer(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         attention: str = "auto",
+        kernels: str = "auto",
     ):
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
         self.width = width
-        self.patch_embed = PatchEmbed(patch_size, width)
+        self.patch_embed = PatchEmbed(patch_size, width, kernels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
         self.register_buffer("pos_embed", sincos_positions(width, image_size // patch_size)[None])
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for _ in range(depth))

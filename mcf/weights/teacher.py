@@ -22,15 +22,26 @@ from mcf.weights.vit import check_heads, check_taps, check_width
 log = logging.getLogger(__name__)
 
 
-def load_teacher(config: TeacherConfig, *, image_size: int, attention: str = "auto", seed: int = 0) -> Teacher | None:
+def load_teacher(
+    config: TeacherConfig, *, image_size: int, attention: str = "auto", kernels: str = "auto", seed: int = 0
+) -> Teacher | None:
     """The frozen teacher of a recipe, or None for `source=none`: `read_teacher`, then `build_teacher`."""
     state = read_teacher(config, image_size=image_size, seed=seed)
-    return None if state is None else build_teacher(state, config, image_size=image_size, attention=attention)
+    if state is None:
+        return None
+    return build_teacher(state, config, image_size=image_size, attention=attention, kernels=kernels)
 
 
-def build_teacher(state: Mapping[str, Tensor], config: TeacherConfig, *, image_size: int, attention: str) -> Teacher:
-    """The teacher that has these tensors; it copies them. `attention` is one of `mcf.attention.IMPLEMENTATIONS`."""
-    return Teacher(state, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention)
+def build_teacher(
+    state: Mapping[str, Tensor], config: TeacherConfig, *, image_size: int, attention: str, kernels: str
+) -> Teacher:
+    """The teacher that has these tensors; it copies them.
+
+    `attention` is one of `mcf.attention.IMPLEMENTATIONS`, `kernels` one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
+    """
+    return Teacher(
+        state, heads=config.heads, taps=config.taps, image_size=image_size, attention=attention, kernels=kernels
+    )
 
 
 def read_teacher(config: TeacherConfig, *, image_size: int, seed: int = 0) -> dict[str, Tensor] | None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
 from mcf import kernels
 
@@ -73,6 +72,7 @@ def test_a_mask_does_not_depend_on_its_batch():
 
 
 def test_masks_are_uniform_and_views_are_independent():
+    stats = pytest.importorskip("scipy.stats")
     samples, patches, keep = 20_000, 196, 49
     positions = torch.arange(samples)
     _, first = kernels.mask(0, positions, kernels.ENCODER, patches, keep)
@@ -101,6 +101,7 @@ def test_rank_breaks_ties_by_index():
 
 
 def test_uniform_is_word_zero_of_patch_zero():
+    stats = pytest.importorskip("scipy.stats")
     positions = torch.tensor([0, 5, 2**33 + 1])
     got = kernels.uniform(9, positions, kernels.FLIP)
     for value, position in zip(got.tolist(), positions.tolist()):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mcf import kernels
 from mcf.errors import UserError
-from mcf.models import MCF, Objective, build_student, dropped
+from mcf.models import Objective, build_student, dropped
 from mcf.models.mcf import pixel_loss, spread
 from mcf.models.patches import normalise, patchify, unpatchify
 
@@ -157,8 +157,3 @@ def test_bf16_is_close_to_float32(recipe_with, images):
         rounded, _ = student(images, ids_keep, ids_restore)
     # bfloat16 has 8 bits: a few roundings of 0.4 % through three blocks.
     assert float((rounded.float() - exact).detach().norm() / exact.detach().norm()) < 0.03
-
-
-def test_triton_is_refused_until_it_exists(recipe):
-    with pytest.raises(UserError, match=r"kernels=triton.*use kernels=auto"):
-        MCF(recipe.model, kernels="triton")

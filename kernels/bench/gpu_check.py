@@ -1,0 +1,157 @@
+"""All that only a GPU can show, in eight minutes: `make gpu-check OUT=FOLDER`, or `python gpu_check.py FOLDER`.
+
+    tests marked gpu ──► benchmark ──► compute-sanitizer, where it is installed
+
+It needs torch, triton, numpy and pytest, and nothing installed of mcf: this file alone is run, and gives what it starts
+an import path on which mcf.kernels is the folder it lies in. The results lie in FOLDER:
+
+    machine.txt        nvidia-smi, versions
+    tests.txt .xml     the tests, in words and as JUnit XML
+    bench.txt .csv .md the benchmark
+    sanitizer-*.txt    memcheck and racecheck over every kernel
+    summary.txt        what passed, what did not, what was left out
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1]
+ROOT = KERNELS.parent
+MINUTES = 8
+RESERVE_S = 15
+"""What is kept of the eight minutes for starting and ending."""
+TESTS_S, SANITIZER_S = 180, 60
+"""How long the tests may take, and each tool of the sanitizer."""
+VERSIONS = """
+import platform, numpy, pytest, torch, triton
+print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), triton "
+      f"{triton.__version__}, numpy {numpy.__version__}, pytest {pytest.__version__}")
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")
+"""
+
+
+class Check:
+    """Runs one part after the other under what is left of the time, and keeps how each ended."""
+
+    def __init__(self, out: Path, path: Path):
+        self.out = out
+        self.until = time.monotonic() + 60 * MINUTES - RESERVE_S
+        self.environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONUNBUFFERED": "1"}
+        # Kernels must be compiled here, whatever the shell says.
+        self.environment.pop("TRITON_INTERPRET", None)
+        self.lines: list[str] = []
+        self.failed = False
+
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.until - time.monotonic()
+
+    def run(
+        self, name: str, command: list[str], seconds: float, good: tuple[int, ...] = (0,), **environment: str
+    ) -> str:
+        """Run a command with its output in `name`.txt and on the screen's way out; the output."""
+        print(f"gpu-check: {name} …", flush=True)
+        log = self.out / f"{name}.txt"
+        started = time.monotonic()
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=self.out, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = str(process.wait(timeout=max(1, min(seconds, self.left()))))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = "out of time"
+        passed = status in map(str, good)
+        self.say(
+            f"{name}: {'passed' if passed else f'FAILED ({status})'} in {time.monotonic() - started:.0f} s", passed
+        )
+        output = log.read_text(errors="replace")
+        if not passed:
+            print(output[-6000:], flush=True)
+        return output
+
+    def say(self, line: str, passed: bool = True) -> None:
+        """Keep a line for the summary, and whether the whole fails by it."""
+        self.failed = self.failed or not passed
+        self.lines.append(line)
+        print(f"gpu-check: {line}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Run everything; 0 only if there was a GPU and all passed."""
+    if len(argv) != 1 or not argv[0]:
+        print("error: name a folder for the results: make gpu-check OUT=FOLDER", file=sys.stderr)
+        return 2
+    out = Path(argv[0]).resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: OUT={argv[0]}: cannot be made: {error.strerror}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "mcf")
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "kernels").symlink_to(KERNELS, target_is_directory=True)
+        check = Check(out, Path(folder))
+        _parts(check)
+    (out / "summary.txt").write_text("\n".join(check.lines) + "\n")
+    return 1 if check.failed else 0
+
+
+def _parts(check: Check) -> None:
+    python = sys.executable
+    there = check.run("machine", [python, "-c", VERSIONS], 120)
+    if check.failed:
+        check.say("torch, triton, numpy and pytest must be installed for this Python: nothing was tested", False)
+        return
+    print(there.strip())
+    gpu = "no CUDA device" not in there
+    if gpu:
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+        (check.out / "machine.txt").write_text(there + (smi.stdout if smi else ""))
+    tests = [python, "-m", "pytest", str(ROOT / "tests/kernels"), "-m", "gpu", "-p", "no:cacheprovider"]
+    tests += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", f"--junitxml={check.out / 'tests.xml'}"]
+    output = check.run("tests", tests, TESTS_S)
+    check.say("tests: " + output.strip().rpartition("\n")[2].strip("= "))
+
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    reserved = 2 * SANITIZER_S if sanitizer and gpu else 0
+    seconds = max(30, check.left() - reserved - 30)
+    bench = [python, "-m", "mcf.kernels.bench", f"out={check.out}", f"seconds={seconds:.0f}"]
+    check.run("bench", bench, seconds + 30)
+
+    if not gpu:
+        check.say("no CUDA device was found: the tests that need one were skipped, and no time above is a GPU's", False)
+    elif not sanitizer:
+        check.say("compute-sanitizer is not installed: kernels were not run under it")
+    else:
+        every = [python, "-m", "mcf.kernels.bench", "sizes=small", "timing=no"]
+        for tool in ("memcheck", "racecheck"):
+            # Without the allocator's cache each tensor is an allocation of its own, whose ends memcheck knows.
+            command = [
+                sanitizer,
+                "--tool",
+                tool,
+                "--target-processes",
+                "application-only",
+                "--error-exitcode",
+                "9",
+                *every,
+            ]
+            check.run(f"sanitizer-{tool}", command, SANITIZER_S, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
