@@ -58,7 +58,7 @@ class Training:
         if found is not None:
             tensors, momentum = state.read(found)
             self.step.engine.load_state_dict(tensors)
-            self.step.momentum.load_state_dict(momentum)
+            self.step.momentum.load_full_state_dict(momentum)
             log.info("going on from %s: %d samples seen", found, self.progress.samples_seen)
         self.guard = Guard(recipe.guard, run_dir, world.rank)
         self.meters = Meters(world)
@@ -137,14 +137,14 @@ class Training:
     def _save(self, tracker: Tracker) -> str | None:
         """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""
         failed: str | None = None
-        tensors = self.step.engine.state_dict()
+        tensors, momentum = self.step.engine.state_dict(), self.step.momentum.full_state_dict()
         if self.world.is_main:
             step, keep = self.progress.step, self.recipe.checkpoint
             tracker.sync()
             self.progress.mlflow_run = tracker.run_id
             try:
                 with checkpoint.save(self.run_dir, step, keep=keep.keep, keep_every=keep.keep_every) as folder:
-                    state.write(folder, self.recipe, self.progress, tensors, self.step.momentum.state_dict())
+                    state.write(folder, self.recipe, self.progress, tensors, momentum)
                 tracker.event("checkpoint", step=step)
             except checkpoint.SaveFailed as failure:
                 failed = str(failure)
