@@ -289,9 +289,10 @@ def _deepspeed_config(
     if stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": persistent(size) if persist is None else persist,
-            # Its default keeps what comes back within 10⁹ elements, which is all of every model here: parameters would
-            # be whole from the first forward to the last backward, and nothing saved by having split them.
+            # Its defaults keep whole whatever comes back within 10⁹ elements, and fetch ahead as much: of the models
+            # here everything, from the first forward to the last backward, and nothing were saved by splitting.
             "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 2 * bucket(size),
             "stage3_prefetch_bucket_size": bucket(size),
         }
     return {
