@@ -29,6 +29,7 @@ from mcf.config import Recipe, Section
 from mcf.errors import UserError, missing_package
 from mcf.follow import Stop, follow
 from mcf.lock import RunLock
+from mcf.machine import load_machine
 from mcf.plan import make_plan
 from mcf.task import Rank
 
@@ -72,7 +73,7 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
         )
     if mode != "print":
         check_inputs(recipe)
-    plan = make_plan(recipe, count_samples(recipe))
+    plan = make_plan(recipe, count_samples(recipe), load_machine(recipe.machine))
     print(*plan.lines(shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000), sep="\n")
     why = "" if config.mode else " (there is no sbatch on this machine)" if mode == "local" else " (sbatch is there)"
     print(f"{'mode':<16}{mode}{why}\n", flush=True)

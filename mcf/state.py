@@ -32,7 +32,7 @@ FORMAT = 1
 
 # What may differ between two launches of one run. Everything else makes it another run.
 _FREE = (
-    "output", "nodes", "gpus_per_node", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
+    "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
     "data.samples", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
     "train.zero_stage", "train.threads", "train.log_every", "checkpoint", "guard", "track", "slurm",
 )  # fmt: skip

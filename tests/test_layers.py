@@ -31,25 +31,31 @@ ARROWS = {
     "mcf.keys": set(),
     "mcf.settings": {"mcf.config", "mcf.errors", "mcf.keys"},
     "mcf.checks": {"mcf.config", "mcf.errors"},
-    "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks"},
+    "mcf.zero": set(),
+    "mcf.machine": {"mcf.config", "mcf.errors", "mcf.keys", "mcf.settings"},
+    "mcf.sizes": {"mcf.config", "mcf.zero"},
+    "mcf.costs": {"mcf.config", "mcf.machine", "mcf.sizes", "mcf.zero"},
+    "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.costs", "mcf.machine", "mcf.sizes"},
     "mcf.cli": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.keys", "mcf.settings"},
     "mcf.snapshot": {"mcf.errors"},
     "mcf.lock": {"mcf.errors"},
     "mcf.task": {"mcf.errors"},
     "mcf.follow": {"mcf.task", "mcf.track.console"},
     "mcf.launch": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task", "mcf.follow",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.snapshot", "mcf.lock", "mcf.task",
+        "mcf.follow",
     },
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
     "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards"},
     "mcf.attention": {"mcf.errors"},
-    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels"},
+    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
     "mcf.distributed": {"mcf.errors"},
-    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors"},
+    "mcf.sharding": {"mcf.distributed"},
+    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors", "mcf.zero"},
     "mcf.checkpoint": {"mcf.errors"},
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},
@@ -73,7 +79,7 @@ ARROWS = {
 }  # fmt: skip
 NEVER = {"torchvision", "timm"}
 LIGHT = (
-    "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
+    "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine", "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock",
     "mcf.snapshot", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
 )  # fmt: skip
 
