@@ -281,6 +281,10 @@ class Recipe(Section):
     )
     nodes: Positive = Field(1, description="machines")
     gpus_per_node: Positive = Field(1, description="ranks a machine: one a GPU, or processes where there is no GPU")
+    machine: str | None = Field(
+        None,
+        description="machine that the plan estimates times on: a name (h200, …), or a YAML file like recipes/machines/*",
+    )
     kernels: Literal["auto", "triton", "reference"] = Field(
         "auto",
         description="what computes the operations that have kernels: triton (NVIDIA GPUs), reference (plain PyTorch), auto",

@@ -12,12 +12,11 @@ written. Everything that reaches into DeepSpeed's optimisers stands in the three
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +28,9 @@ from mcf.config import Recipe
 from mcf.distributed import World
 from mcf.errors import UserError, missing_package
 from mcf.spread import Spread
+from mcf.zero import bucket, persistent
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Elements of DeepSpeed's reduction buffer, which it allocates anew each step: its default is 2 GB of float32.
-BUCKET = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Engine:
         recipe: its optimizer, train.precision, train.zero_stage and local_batch are read.
         accumulation: micro-batches a step; `backward` counts them.
         world: this rank; the process group must stand (`mcf.distributed.join`).
-        persist: parameters of up to this many elements are not split under stage 3; DeepSpeed's default if None.
+        persist: parameters of up to this many elements are not split under stage 3; `mcf.zero.persistent` if None.
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -163,15 +161,18 @@ class Engine:
             buffer.detach().copy_(kept)
         self._micro_step = 0
 
-    @contextlib.contextmanager
-    def full_parameters(self) -> Iterator[dict[str, Tensor]]:
-        """Name → full float32 parameter, to be read within the context and not to be written.
+    @property
+    def splits_parameters(self) -> bool:
+        """Whether this rank holds only pieces of the parameters (stage 3 on several ranks)."""
+        return isinstance(self._stage, _StageSharded) and self.world.size > 1
 
-        Stages 0 to 2 give the parameters themselves. Stage 3 gathers the whole model on every rank (collective); a
-        momentum branch that is split like the model would need no gather (SYSTEMS 1).
+    def local_parameters(self) -> dict[str, Tensor]:
+        """Name → what this rank holds of the float32 parameter, to be read and not to be written; no communication.
+
+        The whole parameter, or where the engine `splits_parameters` this rank's piece: flat, ⌈n / ranks⌉ long, the last
+        one padded.
         """
-        with self._stage.gathered(), torch.no_grad():
-            yield {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {name: self._stage.local(parameter) for name, parameter in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state of training, full and on the CPU on rank 0; empty elsewhere. Collective.
@@ -284,12 +285,19 @@ def _deepspeed_config(
     recipe: Recipe, model: nn.Module, stage: int, accumulation: int, persist: int | None
 ) -> dict[str, Any]:
     size = sum(parameter.numel() for parameter in model.parameters())
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(size, BUCKET)}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket(size)}
     if stage in (1, 2):
         # The norm is ours; DeepSpeed's would cost a second pass and a host synchronisation a parameter group.
         zero["compute_grad_norm"] = False
-    if stage == 3 and persist is not None:
-        zero["stage3_param_persistence_threshold"] = persist
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": persistent(size) if persist is None else persist,
+            # Its defaults keep whole whatever comes back within 10⁹ elements, and fetch ahead as much: of the models
+            # here everything, from the first forward to the last backward, and nothing were saved by splitting.
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 2 * bucket(size),
+            "stage3_prefetch_bucket_size": bucket(size),
+        }
     return {
         "train_micro_batch_size_per_gpu": recipe.local_batch,
         "gradient_accumulation_steps": accumulation,
@@ -346,9 +354,9 @@ class _Stage:
         """Run the optimiser on the gradients; `norm` is theirs, finite."""
         self.engine.step()
 
-    def gathered(self) -> contextlib.AbstractContextManager:
-        """Within this context parameters are full on every rank."""
-        return contextlib.nullcontext()
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter."""
+        return parameter.detach()
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Full shape of a parameter."""
@@ -441,10 +449,8 @@ class _StageSharded(_Stage):
         self._norm = norm
         super().apply(norm)
 
-    def gathered(self) -> contextlib.AbstractContextManager:
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(self.parameters)
+    def local(self, parameter: Any) -> Tensor:
+        return parameter.ds_tensor.detach()
 
     def shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)

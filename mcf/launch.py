@@ -30,6 +30,7 @@ from mcf.config import Recipe, Section
 from mcf.errors import UserError
 from mcf.follow import Stop, follow, follow_slurm
 from mcf.lock import RunLock
+from mcf.machine import load_machine
 from mcf.plan import make_plan
 from mcf.submit import job_script, need_submitit, python_path, submit
 from mcf.task import JOBS, PORTS, TRAIN, Rank, restarts
@@ -76,7 +77,7 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
         )
     if mode != "print":
         check_inputs(recipe)
-    plan = make_plan(recipe, count_samples(recipe))
+    plan = make_plan(recipe, count_samples(recipe), load_machine(recipe.machine))
     # Of mode=prepare a script reads the run directory, and nothing else.
     out = sys.stderr if mode == "prepare" else sys.stdout
     print(*plan.lines(shutil.get_terminal_size().columns if out.isatty() else 1000), sep="\n", file=out)

@@ -1,7 +1,8 @@
 """What a run will do and need, said before it starts: the arithmetic of a recipe.
 
 Effective batch, learning rate, length, negatives and pace of the momentum encoder (METHOD section 1, end); parameters,
-memory of a rank and size of the checkpoints, all from shapes alone. Nothing here needs torch, data or a device.
+memory of a rank and size of the checkpoints (`mcf.sizes`), operations, bytes on the network and time of a step
+(`mcf.costs`), all from shapes alone. Nothing here needs torch, data or a device.
 """
 
 from __future__ import annotations
@@ -11,54 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcf.checks import keys_per_query, peak_lr
-from mcf.config import HeadsConfig, Recipe
+from mcf.config import Recipe
+from mcf.costs import Flops, Times, Traffic, count_flops, count_traffic, estimate_times
 from mcf.errors import UserError
+from mcf.machine import Machine
+from mcf.sizes import Memory, Parameters, checkpoint_bytes, count_parameters, estimate_memory, zero_stage
 
-FLOAT = 4  # bytes of a float32: parameters, gradients, moments and averages are always that
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters. The momentum branch copies encoder and projector; the teacher is frozen."""
-
-    encoder: int
-    decoder: int
-    projector: int
-    predictor: int
-    teacher: int
-
-    @property
-    def trained(self) -> int:
-        """Those with a gradient."""
-        return self.encoder + self.decoder + self.projector + self.predictor
-
-    @property
-    def momentum(self) -> int:
-        """Those of the momentum branch."""
-        return self.encoder + self.projector
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of one rank, at the peak of a step.
-
-    weights: trained parameters and gradients, and the copies that autocast casts. optimizer: AdamW's moments, and the
-    master copy that DeepSpeed keeps for its slice. momentum: momentum branch and its snapshot. teacher: frozen weights.
-    activations: what forward keeps for backward, of one micro-batch. images: decoded micro-batches that wait.
-    """
-
-    weights: int
-    optimizer: int
-    momentum: int
-    teacher: int
-    activations: int
-    images: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all."""
-        return self.weights + self.optimizer + self.momentum + self.teacher + self.activations + self.images
 
 
 @dataclass(frozen=True)
@@ -68,7 +28,9 @@ class Plan:
     samples: in the data set. steps_per_epoch: whole batches in it (the remainder is left out, order.py). steps: length
     of the run. epochs: the same in passes over the data. lr: after the warm-up. warmup_steps: need not be whole.
     keys: a query is compared with, its own included. momentum_updates: of the average, a step. momentum_per_step: what
-    they amount to, m^updates. checkpoint_bytes: of one. checkpoints: on disk at the end of the run, at most.
+    they amount to, m^updates. zero_stage: that runs; asked_stage: that the recipe names. flops: of an image. traffic:
+    of a step. machine and times: where the recipe names one. checkpoint_bytes: of one. checkpoints: on disk at the end
+    of the run, at most.
     """
 
     name: str
@@ -92,8 +54,13 @@ class Plan:
     momentum_updates: int
     parameters: Parameters
     zero_stage: int
+    asked_stage: int
     precision: str
     memory: Memory
+    flops: Flops
+    traffic: Traffic
+    machine: str | None
+    times: Times | None
     checkpoint_bytes: int
     checkpoints: int
     checkpoint_every: int
@@ -149,8 +116,16 @@ class Plan:
                 "memory a rank",
                 f"≈ {_size(m.total)}: weights and gradients {_size(m.weights)}, optimiser {_size(m.optimizer)}, momentum "
                 f"{_size(m.momentum)}, teacher {_size(m.teacher)}, activations {_size(m.activations)}, "
-                f"images {_size(m.images)} (ZeRO {self.zero_stage}, {self.precision})",
+                f"images {_size(m.images)}, buffers {_size(m.buffers)} ({self._zero()}, {self.precision})",
             ),
+            (
+                "work",
+                f"{_flops(self.flops.total)} an image, {_flops(self.flops.total * self.batch)} a step: teacher "
+                f"{self.flops.teacher / self.flops.total:.0%}, encoder {self.flops.encoder / self.flops.total:.0%}, "
+                f"decoder {self.flops.decoder / self.flops.total:.0%}",
+            ),
+            ("communication", self._communication()),
+            *([("time", self._time(self.times))] if self.times else []),
             (
                 "checkpoints",
                 f"{_size(self.checkpoint_bytes)} each, every {self.checkpoint_every:,} steps; at most "
@@ -163,17 +138,39 @@ class Plan:
         wrap = textwrap.TextWrapper(width, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False)
         return [line for name, text in rows for line in wrap.wrap(f"{name:<16}{text}")]
 
+    def _zero(self) -> str:
+        if self.asked_stage == self.zero_stage:
+            return f"ZeRO {self.zero_stage}"
+        return f"ZeRO 0: one rank has nothing to split, stage {self.asked_stage} is for several"
 
-def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
+    def _communication(self) -> str:
+        t = self.traffic
+        if not t.total:
+            return "none: one rank"
+        named = {"gradients": t.gradients, "parameters": t.parameters, "momentum branch": t.momentum}
+        named |= {"keys": t.keys, "BatchNorm": t.statistics}
+        parts = ", ".join(f"{name} {_size(part)}" for name, part in named.items() if part)
+        return f"≈ {_size(t.total)} that a rank sends a step: {parts}"
+
+    def _time(self, times: Times) -> str:
+        return (
+            f"≈ {_span(times.step)} a step on {self.machine}: compute {_span(times.compute)}, update "
+            f"{_span(times.update)}, communication {_span(times.communication)}, one after the other; "
+            f"{self.batch / times.step:,.0f} images/s, {_span(self.steps * times.step)} for the run (an estimate: "
+            "docs/scaling.md)"
+        )
+
+
+def make_plan(recipe: Recipe, samples: int | None = None, machine: Machine | None = None) -> Plan:
     """The plan of a recipe.
 
     Args:
         recipe: as `mcf.cli.load_recipe` gives it, its checks passed.
         samples: in the data set, if it could be counted; else data.samples is believed.
+        machine: what the recipe's `machine` names (`mcf.machine.load_machine`); without it no times are estimated.
 
     Raises:
-        UserError: the size of the data set is not known, or under one batch; or the
-            warm-up is as long as the run.
+        UserError: the size of the data set is not known, or under one batch; or the warm-up is as long as the run.
     """
     samples = _samples(recipe, samples)
     steps_per_epoch = samples // recipe.batch
@@ -186,6 +183,7 @@ def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
         )
     accumulation = recipe.batch // (recipe.world_size * recipe.local_batch)
     parameters = count_parameters(recipe)
+    memory = estimate_memory(recipe, parameters)
     check = recipe.checkpoint
     saves = -(-steps // check.every)
     kept = min(saves, check.keep) + (max(0, steps // check.keep_every) if check.keep_every else 0)
@@ -210,15 +208,20 @@ def make_plan(recipe: Recipe, samples: int | None = None) -> Plan:
         momentum_schedule=recipe.momentum.schedule,
         momentum_updates=accumulation if recipe.momentum.update == "micro_batch" else 1,
         parameters=parameters,
-        zero_stage=recipe.train.zero_stage,
+        zero_stage=zero_stage(recipe),
+        asked_stage=recipe.train.zero_stage,
         precision=recipe.train.precision,
-        memory=estimate_memory(recipe, parameters),
-        checkpoint_bytes=_checkpoint_bytes(recipe, parameters),
+        memory=memory,
+        flops=count_flops(recipe),
+        traffic=count_traffic(recipe),
+        machine=recipe.machine,
+        times=estimate_times(recipe, machine) if machine else None,
+        checkpoint_bytes=checkpoint_bytes(recipe, parameters),
         checkpoints=min(kept, saves),
         checkpoint_every=check.every,
         metric_records=-(-steps // recipe.train.log_every),
         pictures=steps // recipe.track.images_every if recipe.track.images_every else 0,
-        notes=tuple(_notes(recipe, samples)),
+        notes=tuple(_notes(recipe, samples, memory, machine)),
     )
 
 
@@ -238,7 +241,7 @@ def _samples(recipe: Recipe, counted: int | None) -> int:
     return samples
 
 
-def _notes(recipe: Recipe, samples: int) -> list[str]:
+def _notes(recipe: Recipe, samples: int, memory: Memory, machine: Machine | None) -> list[str]:
     notes = []
     if recipe.data.samples not in (None, samples):
         notes.append(f"the data folder has {samples:,} samples, the recipe speaks of {recipe.data.samples:,}")
@@ -247,116 +250,14 @@ def _notes(recipe: Recipe, samples: int) -> list[str]:
             f"{recipe.world_size} ranks of micro_batch={recipe.micro_batch} would be more than the batch: "
             f"each handles its share, {recipe.local_batch}"
         )
+    if machine and memory.total > machine.memory:
+        notes.append(
+            f"the memory of a rank is estimated at {_size(memory.total)}, a GPU of machine={recipe.machine} has "
+            f"{_size(machine.memory)}: use a smaller micro_batch, more ranks, or a higher train.zero_stage"
+        )
     if recipe.loss.feature and recipe.teacher.source == "random":
         notes.append("the teacher's weights are RANDOM: this shows that a run works, its encoder is worth nothing")
     return notes
-
-
-# --- sizes from shapes ----------------------------------------------------------------------------------------------
-
-
-def count_parameters(recipe: Recipe) -> Parameters:
-    """Parameters of all parts. A teacher from a file is taken for a ViT of the recipe's teacher.width and depth."""
-    model, teacher = recipe.model, recipe.teacher
-    decoder = model.decoder
-    patch = model.patch_size**2 * 3
-    return Parameters(
-        encoder=_vit(model.width, model.depth, model.mlp_ratio, patch),
-        decoder=_linear(model.width, decoder.width)
-        + decoder.width
-        + decoder.depth * _block(decoder.width, model.mlp_ratio)
-        + 2 * decoder.width
-        + _linear(decoder.width, patch),
-        projector=_head(model.width, model.projection),
-        predictor=_head(model.projection.dim, model.projection),
-        teacher=_vit(teacher.width, teacher.depth, 4.0, teacher.patch_size**2 * 3) if recipe.loss.feature else 0,
-    )
-
-
-def _vit(width: int, depth: int, mlp_ratio: float, patch: int) -> int:
-    """Patch embedding, class token, blocks, final norm; the position table is no parameter."""
-    return _linear(patch, width) + width + depth * _block(width, mlp_ratio) + 2 * width
-
-
-def _block(width: int, mlp_ratio: float) -> int:
-    """Two norms, qkv, projection, MLP."""
-    hidden = round(width * mlp_ratio)
-    return (
-        4 * width + _linear(width, 3 * width) + _linear(width, width) + _linear(width, hidden) + _linear(hidden, width)
-    )
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
-
-
-def _head(inputs: int, heads: HeadsConfig) -> int:
-    """Linear, BatchNorm, ReLU, Linear, without biases; a last BatchNorm has no parameters."""
-    return inputs * heads.hidden + 2 * heads.hidden + heads.hidden * heads.dim
-
-
-def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
-    """Memory of a rank: state by ZeRO stage is exact, activations are counted from the tensors that backward needs.
-
-    State of P trained parameters on W ranks, bytes: stage 0: 16P; stage 1: 8P + 12P/W; stage 2: 4P + 16P/W; stage 3:
-    20P/W (DeepSpeed's master copy of the slice beside the parameters is in it from stage 1 on).
-    """
-    p, ranks, stage = parameters.trained, recipe.world_size, recipe.train.zero_stage
-    bf16 = recipe.train.precision == "bf16"
-    weights = {0: 2 * p, 1: 2 * p, 2: p + p // ranks, 3: 2 * p // ranks}[stage] * FLOAT
-    optimizer = {0: 2 * p, 1: 3 * p // ranks, 2: 3 * p // ranks, 3: 3 * p // ranks}[stage] * FLOAT
-    image = 3 * recipe.model.image_size**2
-    held = recipe.batch // ranks if recipe.contrast.scope != "micro_batch" else 0
-    return Memory(
-        weights=weights + (2 * p if bf16 else 0),
-        optimizer=optimizer,
-        momentum=2 * parameters.momentum * FLOAT,
-        teacher=parameters.teacher * (2 if bf16 else FLOAT),
-        activations=recipe.local_batch * _activations(recipe),
-        images=image * (recipe.local_batch * (recipe.data.prefetch + 1) + held),
-    )
-
-
-def _activations(recipe: Recipe) -> int:
-    """Bytes that one sample's forward keeps for backward, with an attention that keeps no scores."""
-    model, teacher = recipe.model, recipe.teacher
-    size = 2 if recipe.train.precision == "bf16" else FLOAT
-    visible = 1 + recipe.visible_patches
-    per_sample = visible * model.depth * model.width * _per_channel(size, model.mlp_ratio)
-    decoder = model.decoder
-    per_sample += (1 + model.patches) * decoder.depth * decoder.width * _per_channel(size, model.mlp_ratio)
-    if recipe.loss.pixel:
-        # What the pseudo image misses, squared in the loss.
-        per_sample += model.patches * model.patch_size**2 * 3 * FLOAT
-    if recipe.loss.feature:
-        tokens = 1 + (model.image_size // teacher.patch_size) ** 2
-        deepest = min(teacher.depth, max(teacher.taps) + 1)
-        per_sample += tokens * deepest * teacher.width * _per_channel(size, 4.0, frozen=True)
-        # Features of image and pseudo image, and their normalised copies.
-        per_sample += 4 * tokens * len(teacher.taps) * teacher.width * FLOAT
-    return int(per_sample)
-
-
-def _per_channel(size: int, mlp_ratio: float, frozen: bool = False) -> float:
-    """Bytes a block keeps per token and channel: inputs of two norms in float32, q, k, v and the attention's output,
-    the GELU's input; with trained weights also the inputs of the four matrix products."""
-    kept = 2 * FLOAT + 4 * size + mlp_ratio * size
-    if not frozen:
-        # The attention's output is its product's input already; fc2's is the GELU's output.
-        kept += 2 * size + mlp_ratio * size
-    return kept
-
-
-def _checkpoint_bytes(recipe: Recipe, parameters: Parameters) -> int:
-    """Weights, two moments and the momentum branch in float32, with position tables and BatchNorm statistics."""
-    model = recipe.model
-    encoder_table = (1 + model.patches) * model.width
-    decoder_table = (1 + model.patches) * model.decoder.width
-    statistics = 2 * (2 * model.projection.hidden + model.projection.dim) + 2 * (
-        model.projection.hidden + model.projection.dim
-    )
-    numbers = 3 * parameters.trained + parameters.momentum + 2 * encoder_table + decoder_table + statistics
-    return numbers * FLOAT
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -370,9 +271,25 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
 
 
-def _size(number: int) -> str:
-    """Bytes for people, in binary units."""
-    for unit, scale in (("TiB", 2**40), ("GiB", GIB)):
+def _span(seconds: float) -> str:
+    """A time for people."""
+    for unit, scale in (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("s", 1)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _flops(number: float) -> str:
+    """Operations for people."""
+    for unit, scale in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number / 2**20:.0f} MiB"
+            return f"{number / scale:.4g} {unit}"
+    return f"{number / 1e6:.4g} MFLOP"
+
+
+def _size(number: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit, scale, digits in (("TiB", 2**40, 1), ("GiB", GIB, 1), ("MiB", 2**20, 0)):
+        if number >= scale:
+            return f"{number / scale:.{digits}f} {unit}"
+    return f"{number / 2**10:.0f} KiB"

@@ -106,9 +106,9 @@ def read_command_line(argv: list[str], known: dict[str, Key], verb: str) -> dict
     return settings
 
 
-def read_file(path: Path) -> dict[str, Setting]:
-    """The settings of one recipe file, `base` among them; UserError for whatever is wrong with it."""
-    known = keys(Recipe)
+def read_file(path: Path, schema: type[BaseModel] = Recipe) -> dict[str, Setting]:
+    """The settings of one file of a recipe (`base` among them) or another schema; UserError for what is wrong with it."""
+    known = keys(schema)
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:

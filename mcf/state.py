@@ -32,7 +32,7 @@ FORMAT = 1
 
 # What may differ between two launches of one run. Everything else makes it another run.
 _FREE = (
-    "output", "nodes", "gpus_per_node", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
+    "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
     "data.samples", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
     "train.zero_stage", "train.threads", "train.log_every", "checkpoint", "guard", "watchdog",
     "track", "slurm",
@@ -61,7 +61,10 @@ def versions() -> dict[str, str]:
 
 
 def write(folder: Path, recipe: Recipe, progress: Progress, engine: dict[str, torch.Tensor], momentum: dict) -> None:
-    """Write the files of a checkpoint into `folder` (rank 0). `engine` is Engine.state_dict()."""
+    """Write the files of a checkpoint into `folder` (rank 0).
+
+    `engine` is Engine.state_dict(), `momentum` MomentumBranch.full_state_dict().
+    """
     weights = {k.removeprefix("model."): v for k, v in engine.items() if k.startswith("model.")}
     optimizer = {k: v for k, v in engine.items() if not k.startswith("model.")}
     _save(weights, folder / WEIGHTS)
@@ -100,7 +103,7 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors of a checkpoint: (for Engine.load_state_dict, for MomentumBranch.load_state_dict)."""
+    """The tensors of a checkpoint: (for Engine.load_state_dict, for MomentumBranch.load_full_state_dict)."""
     engine = {f"model.{k}": v for k, v in load_file(folder / WEIGHTS).items()} | load_file(folder / OPTIMIZER)
     return engine, load_file(folder / MOMENTUM)
 

@@ -71,6 +71,8 @@ class Step:
         self.momentum = MomentumBranch(student).to(world.device)
         self.objective = Objective(recipe, teacher).to(world.device)
         self.engine = Engine(student, recipe, accumulation=plan.accumulation, world=world)
+        if self.engine.splits_parameters:
+            self.momentum.split(world.rank, world.size)
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
         """Step number `step` (from 0) on the next micro-batches. Collective."""
@@ -137,9 +139,8 @@ class Step:
         return keys.view(-1, group, keys.shape[-1])[first // group : last // group + 1], rows % group
 
     def update_momentum(self, m: float) -> None:
-        """p ← m·p + (1−m)·p_encoder. Collective under ZeRO-3."""
-        with self.engine.full_parameters() as parameters:
-            self.momentum.update(parameters, m)
+        """p ← m·p + (1−m)·p_encoder, each rank on what it holds: under ZeRO-3 on its pieces."""
+        self.momentum.update(self.engine.local_parameters(), m)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step."""

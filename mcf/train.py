@@ -155,7 +155,7 @@ class Training:
         """Take over the tensors of a checkpoint, which rank 0 reads for all. Collective."""
         tensors, momentum = state.read(found) if self.world.is_main else ({}, {})
         self.step.engine.load_state_dict(Spread(lambda: tensors, self.world.device))
-        self.step.momentum.load_state_dict(dict(Spread(lambda: momentum, self.world.device)))
+        self.step.momentum.load_full_state_dict(dict(Spread(lambda: momentum, self.world.device)))
         log.info("going on from %s: %d samples seen", found, self.progress.samples_seen)
 
     def _newest_checkpoint(self) -> Path | None:
@@ -172,14 +172,14 @@ class Training:
         """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""
         failed: str | None = None
         self.mark("saving")
-        tensors = self.step.engine.state_dict()
+        tensors, momentum = self.step.engine.state_dict(), self.step.momentum.full_state_dict()
         if self.world.is_main:
             step, keep = self.progress.step, self.recipe.checkpoint
             tracker.sync()
             self.progress.mlflow_run = tracker.run_id
             try:
                 with checkpoint.save(self.run_dir, step, keep=keep.keep, keep_every=keep.keep_every) as folder:
-                    state.write(folder, self.recipe, self.progress, tensors, self.step.momentum.state_dict())
+                    state.write(folder, self.recipe, self.progress, tensors, momentum)
                 tracker.event("checkpoint", step=step)
             except checkpoint.SaveFailed as failure:
                 failed = str(failure)

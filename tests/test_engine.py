@@ -153,14 +153,20 @@ def test_one_rank_splits_nothing(trained, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_full_parameters_are_the_saved_ones_on_all_ranks(trained, stage):
-    saved = trained[2][0][6, stage]["states"][-1]
-    for rank in trained[2]:
-        full = rank[6, stage]["full"]
-        assert set(full) == {"token", "body.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"}
-        for name, value in full.items():
-            assert value.dtype == torch.float32
-            assert torch.equal(value, saved[f"model.{name}"]), name
+@pytest.mark.parametrize("size", SIZES)
+def test_local_parameters_are_the_saved_ones_or_pieces_of_them(trained, size, stage):
+    saved = trained[size][0][6, stage]["states"][-1]
+    local = [rank[6, stage]["local"] for rank in trained[size]]
+    assert {rank[6, stage]["splits"] for rank in trained[size]} == {stage == 3 and size > 1}
+    for name in ("token", "body.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"):
+        whole, held = saved[f"model.{name}"], [rank.pop(name) for rank in local]
+        assert {value.dtype for value in held} == {torch.float32}
+        if stage == 3 and size > 1:
+            assert {value.shape for value in held} == {(-(-whole.numel() // size),)}
+            assert torch.equal(torch.cat(held)[: whole.numel()].view(whole.shape), whole), name
+        else:
+            assert all(torch.equal(value, whole) for value in held), name
+    assert local == [{}] * size
 
 
 @pytest.mark.parametrize("stage", (*STAGES, "persistent"))

@@ -31,7 +31,11 @@ ARROWS = {
     "mcf.keys": set(),
     "mcf.settings": {"mcf.config", "mcf.errors", "mcf.keys"},
     "mcf.checks": {"mcf.config", "mcf.errors"},
-    "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks"},
+    "mcf.zero": set(),
+    "mcf.machine": {"mcf.config", "mcf.errors", "mcf.keys", "mcf.settings"},
+    "mcf.sizes": {"mcf.config", "mcf.zero"},
+    "mcf.costs": {"mcf.config", "mcf.machine", "mcf.sizes", "mcf.zero"},
+    "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.costs", "mcf.machine", "mcf.sizes"},
     "mcf.cli": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.keys", "mcf.settings"},
     "mcf.snapshot": {"mcf.errors"},
     "mcf.exits": set(),
@@ -49,7 +53,8 @@ ARROWS = {
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.plan", "mcf.slurm", "mcf.snapshot", "mcf.lock", "mcf.submit", "mcf.task",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot", "mcf.lock", "mcf.submit",
+        "mcf.task",
         "mcf.follow",
     },
     # The rooms.
@@ -57,7 +62,7 @@ ARROWS = {
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
     "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards"},
     "mcf.attention": {"mcf.errors"},
-    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels"},
+    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
     "mcf.distributed": {"mcf.errors", "mcf.exits"},
@@ -65,7 +70,8 @@ ARROWS = {
     "mcf.startup": {"mcf.data.shards", "mcf.distributed", "mcf.errors"},
     "mcf.heartbeat": set(),
     "mcf.watchdog": {"mcf.config", "mcf.exits", "mcf.heartbeat", "mcf.track.jsonl"},
-    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors", "mcf.spread"},
+    "mcf.sharding": {"mcf.distributed"},
+    "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors", "mcf.spread", "mcf.zero"},
     "mcf.checkpoint": {"mcf.errors"},
     "mcf.stop": set(),
     "mcf.guard": {"mcf.config", "mcf.errors"},
@@ -92,8 +98,9 @@ ARROWS = {
 }  # fmt: skip
 NEVER = {"torchvision", "timm"}
 LIGHT = (
-    "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.schedule", "mcf.config", "mcf.lock",
-    "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit", "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
+    "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
+    "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
+    "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
 )  # fmt: skip
 
 

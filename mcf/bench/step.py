@@ -125,10 +125,9 @@ def prepare(recipe: Recipe, world: World, *, compare: bool) -> list[Contestant]:
     ours = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), teacher, world)
     contestants = [Contestant("mcf", lambda index: _ours(ours, index, batch(index)))]
     if compare:
-        with ours.engine.full_parameters() as parameters:
-            student = dict(ours.engine.module.state_dict()) | {n: t.detach() for n, t in parameters.items()}
-            weights = to_reference(student, ours.momentum.state_dict(), frozen)
-            contestants.append(_reference(recipe, world, weights, batch))
+        student = dict(ours.engine.module.state_dict()) | ours.engine.local_parameters()
+        weights = to_reference(student, ours.momentum.state_dict(), frozen)
+        contestants.append(_reference(recipe, world, weights, batch))
     return contestants
 
 

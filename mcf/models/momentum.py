@@ -1,7 +1,8 @@
 """The momentum branch: a moving average of encoder and projector, which makes the keys (He et al. 2020; METHOD 1, "EMA").
 
-It stands outside the trained module, so that DeepSpeed neither partitions nor casts it: always float32, since in
-bfloat16 an average with m = 0.99 loses most of its updates to rounding.
+It stands outside the trained module, so that DeepSpeed neither saves nor casts it: always float32, since in bfloat16 an
+average with m = 0.99 loses most of its updates to rounding. Where the trained parameters are split over the ranks (ZeRO-3),
+it is split in the same way, and its average moves piece by piece.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mcf.models.mcf import MCF
+from mcf.sharding import Shards
 
 POSITIONS = "encoder.pos_embed"
 
@@ -30,12 +32,24 @@ class MomentumBranch(nn.Module):
         self.projector = copy.deepcopy(student.projector)
         self.requires_grad_(False)
         self.train()
+        self._shards: Shards | None = None
         self._spare: list[Tensor] = []
         self._moved = True  # since the last snapshot
         self._saved_buffers: list[Tensor] = []
 
     def train(self, mode: bool = True) -> MomentumBranch:
         return super().train(True)
+
+    def split(self, rank: int, size: int) -> None:
+        """Keep only this rank's piece of every parameter, as ZeRO-3 does; `forward` is collective from here on.
+
+        `update`, `snapshot` and `restore` then work on pieces, without communication.
+        """
+        blocks = list(self.encoder.blocks)
+        inside = {parameter for block in blocks for parameter in block.parameters()}
+        outside = [parameter for parameter in self.encoder.parameters() if parameter not in inside]
+        units = [(self.encoder, outside), *((m, list(m.parameters())) for m in (*blocks, self.projector))]
+        self._shards = Shards(units, rank, size)
 
     @torch.no_grad()
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
@@ -47,9 +61,9 @@ class MomentumBranch(nn.Module):
         """p ← m·p + (1−m)·p_student for every parameter; BatchNorm's buffers are left alone.
 
         Args:
-            named_parameters: the student's full float32 parameters by the names of `MCF`; further ones are ignored.
-                If the position table is among them, it is averaged too (the reference does so, which moves it by
-                rounding alone).
+            named_parameters: the student's float32 parameters by the names of `MCF`, whole, or this rank's pieces
+                after `split`; further ones are ignored. If the position table is among them, it is averaged too (the
+                reference does so, which moves it by rounding alone).
             m: the average's memory, 0 to 1.
 
         Raises:
@@ -68,6 +82,27 @@ class MomentumBranch(nn.Module):
         if POSITIONS in named_parameters:
             table = [self.encoder.pos_embed]
             _average(table, [named_parameters[POSITIONS]], m, out=table)
+
+    @torch.no_grad()
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """`state_dict` with whole parameters. After `split`: collective, on the CPU on rank 0, and empty elsewhere."""
+        if self._shards is None:
+            return self.state_dict()
+        wholes = {name: self._shards.wholes([p])[0].cpu() for name, p in self.named_parameters()}
+        return self.state_dict() | wholes if self._shards.rank == 0 else {}
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `full_state_dict` gave on rank 0, under any number of ranks; every rank passes all of it.
+
+        Raises:
+            RuntimeError: a name is missing or too many, or a shape differs.
+        """
+        if self._shards is not None:
+            state = dict(state)
+            for name, parameter in self.named_parameters():
+                if name in state:
+                    state[name] = self._shards.piece_of(parameter, state[name])
+        self.load_state_dict(state)
 
     def snapshot(self) -> None:
         """Remember parameters and buffers as they are now, for `restore`."""
