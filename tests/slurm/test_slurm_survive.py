@@ -55,12 +55,14 @@ def one_mlflow_run(site, name: str) -> bool:
 
 
 def test_the_time_limit(site, unbroken):
-    """A real one, of two minutes; the run takes longer, and starts in less even on a busy machine."""
-    job = site.submit("limit", "nodes=2", "slurm.time=2", "slurm.warn_seconds=20", "checkpoint.every=1000", pace=5)
+    """A real one, of two minutes; the run takes longer, and starts in less even on a busy machine.
+
+    What a busy machine does not end in time Slurm ends after the save: that is no loss either.
+    """
+    job = site.submit("limit", "nodes=2", "slurm.time=2", "slurm.warn_seconds=45", "checkpoint.every=1000", pace=5)
     site.wait_for_end("limit", job, seconds=560)
     returns = site.events("limit", "requeued")
-    assert returns
-    assert {event["why"] for event in returns} == {"saved"}
+    assert returns[0]["why"] == "saved"
     check_unharmed(site, "limit", unbroken, starts=len(returns) + 1, lost=0)
 
 
