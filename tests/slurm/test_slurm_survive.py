@@ -87,6 +87,20 @@ def test_a_killed_rank(site, unbroken):
     assert event["why"] == "rank 1 was killed by SIGKILL (out of memory?)"
 
 
+def test_a_stuck_rank(site, unbroken):
+    """The watchdog of a rank that waits for it ends the job, stopped process included, and names it."""
+    job = site.submit("stuck", "nodes=2", "watchdog.timeout=20", "watchdog.slow_timeout=240", pace=PACE)
+    site.wait_for_step("stuck", 10)
+    stopped = psutil.Process(site.statuses("stuck")[1]["child"])
+    stopped.send_signal(signal.SIGSTOP)
+    slurm.wait_for(lambda: not stopped.is_running(), "end of the stuck rank", 120)
+    site.wait_for_end("stuck", job)
+    check_unharmed(site, "stuck", unbroken, starts=2)
+    (event,) = site.events("stuck", "requeued")
+    assert event["failed"]
+    assert event["why"].startswith("rank 1")
+
+
 def test_a_node_that_is_lost_while_its_processes_live_on(site, unbroken):
     """slurmd is killed, and nothing else: after SlurmdTimeout the run starts elsewhere, and its former start has to go.
 
