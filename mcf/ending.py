@@ -14,6 +14,8 @@ from mcf.exits import INTERRUPTED, RANK_LOST, SAVED, UNAVAILABLE, USER_ERROR
 from mcf.output import ERROR, say
 from mcf.task import JOBS, Status, read_statuses
 
+TOLD = (USER_ERROR, UNAVAILABLE, RANK_LOST)  # statuses of ranks that have said why in their last error line
+
 
 def report(run_dir: Path, job: str, took: str, asked: bool) -> int:
     """Say how a job ended, `took` ("after 7 s"); the exit status of the run. asked: somebody has ended it."""

@@ -23,9 +23,10 @@ from pydantic import Field
 
 from mcf import checkpoint, cli, slurm
 from mcf.config import Section
-from mcf.ending import describe_end, first_to_fail, told
+from mcf.ending import TOLD, describe_end, first_to_fail, told
 from mcf.errors import UserError
 from mcf.exits import SAVED, USER_ERROR
+from mcf.output import ERROR
 from mcf.task import JOBS, read_statuses, restarts
 from mcf.track.jsonl import EVENTS, Writer, read
 
@@ -82,15 +83,17 @@ def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
     if status == 0 and not saved:
         return 0
     first = first_to_fail(statuses)
+    why = "saved" if saved else f"srun ended with status {status}"
     if not saved and first is not None:
+        said = told(run_dir / JOBS / f"{job}_{first.rank}_log.out") if first.code in TOLD else ""
         if first.code == USER_ERROR:
             # The rank has said what is to be done; here, too, if its log is another one.
-            if first.rank and (said := told(run_dir / JOBS / f"{job}_{first.rank}_log.out")):
+            if first.rank and said:
                 print(f"{said} (rank {first.rank})", flush=True)
             return USER_ERROR
         if first.code == -signal.SIGINT:
             return status  # asked to end before it could save
-    why = "saved" if saved else describe_end(first)[0] if first else f"srun ended with status {status}"
+        why = said.removeprefix(ERROR) or describe_end(first)[0]
     # Told to stop before it could listen (Python takes a while to start): no fault of the run's.
     failed = not saved and not (first and first.code in (-signal.SIGUSR2, -signal.SIGTERM))
     if reason := _left_alone(job, start):

@@ -48,8 +48,8 @@ ARROWS = {
         "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.lock", "mcf.output", "mcf.slurm", "mcf.task",
     },
     "mcf.job": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.slurm", "mcf.task",
-        "mcf.track.jsonl",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.output", "mcf.slurm",
+        "mcf.task", "mcf.track.jsonl",
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
