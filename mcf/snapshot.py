@@ -6,6 +6,7 @@ RUN/code/VERSION          commit it was copied from, with "+changes" if the work
 
 from __future__ import annotations
 
+import compileall
 import importlib.util
 import os
 import shutil
@@ -32,6 +33,8 @@ def take(run_dir: Path) -> Path:
         for name in MAPPED:
             shutil.copytree(_folder(f"{PACKAGE}.{name}"), staged / PACKAGE / name, ignore=_LEFT_OUT, dirs_exist_ok=True)
         (staged / VERSION).write_text(version(source.parent) + "\n")
+        # Compiled here, once: or every rank of the first start would write the same files at the same moment.
+        compileall.compile_dir(staged, ddir=str(code), quiet=2)
         if code.exists():
             code.rename(old)
         staged.rename(code)

@@ -103,7 +103,12 @@ class Training:
             run_id=progress.mlflow_run,
             start=progress.step,
         ) as tracker:
-            tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
+            tracker.event(
+                "resumed" if self.resumed else "started",
+                step=progress.step,
+                ranks=self.world.size,
+                code=str(Path(__file__).parent),
+            )
             told, stopping, failure = False, False, None
             while progress.step < last:
                 self.mark("loading", progress.step + 1)

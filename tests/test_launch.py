@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import marshal
 import os
 import pty
 import re
@@ -205,6 +206,9 @@ def test_two_ranks_run_from_the_copy_and_a_second_launch_goes_on(place):
 
 def test_the_copy_is_complete_and_knows_its_version(tmp_path):
     code = snapshot.take(tmp_path)
+    # Compiled already, each file with the path it has now: 128 ranks that start from it have nothing to write.
+    compiled = {file: file.stat().st_mtime_ns for file in code.rglob("*.pyc")}
+    assert len(compiled) == len(list(code.rglob("*.py"))) > 50
     probe = (
         "import mcf, mcf.cli, mcf.kernels.reference, mcf.snapshot, pathlib;"
         "print(mcf.__file__, mcf.kernels.__file__, len(mcf.cli.recipe_names()), mcf.snapshot.take(pathlib.Path('again')))"
@@ -217,6 +221,9 @@ def test_the_copy_is_complete_and_knows_its_version(tmp_path):
         text=True,
     )
     assert done.stderr == ""
+    assert {file: file.stat().st_mtime_ns for file in code.rglob("*.pyc")} == compiled
+    (launcher,) = (file for file in compiled if file.name.startswith("launch."))
+    assert marshal.loads(launcher.read_bytes()[16:]).co_filename == str(code / "mcf" / "launch.py")
     package, kernels, recipes, again = done.stdout.split()
     assert package == str(code / "mcf/__init__.py")
     assert kernels == str(code / "mcf/kernels/__init__.py")
