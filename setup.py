@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
     # `kernels` is another project's name on PyPI: ours is a package inside mcf, in a folder of its own.
-    packages=["mcf.kernels", *find_packages(include=["mcf", "mcf.*"]), "mcf.recipes"],
+    packages=["mcf.kernels", "mcf.kernels.bench", *find_packages(include=["mcf", "mcf.*"]), "mcf.recipes"],
     package_dir={"mcf": "mcf", "mcf.kernels": "kernels", "mcf.recipes": "recipes"},
     package_data={"mcf.recipes": ["*.yaml", "machines/*.yaml"]},
     install_requires=[

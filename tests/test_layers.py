@@ -16,7 +16,8 @@ DOORS = {
     "mlflow": {"mcf.track.mlflow"},
     "submitit": {"mcf.launch", "mcf.submit"},
     "xformers": {"mcf.attention"},
-    "triton": {"mcf.kernels"},
+    "triton": {"mcf.kernels.triton_or_none"},
+    "matplotlib": {"mcf.kernels.bench.plots"},
 }
 # Module or package → what of mcf it may import (itself and its own package always). The longest row that fits holds.
 ARROWS = {

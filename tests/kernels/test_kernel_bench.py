@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -447,7 +448,7 @@ def test_tuning_without_a_gpu_is_refused(capsys):
 # What torch, triton, numpy and pytest need themselves, and nothing else that is installed here.
 BARE = (
     "torch", "torchgen", "functorch", "triton", "numpy", "numpy.libs", "pytest", "_pytest", "iniconfig", "pluggy", "packaging",
-    "pygments", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
+    "pygments", "py.py", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
 )  # fmt: skip
 
 
@@ -464,7 +465,7 @@ def bare_python(tmp_path) -> Path:
         if (source / name).exists():
             (target / name).symlink_to(source / name)
     for info in source.glob("*.dist-info"):
-        if info.name.lower().startswith(("torch-", "triton-", "numpy-", "pytest-9", "pytest-8")):
+        if info.name.partition("-")[0] in BARE:
             (target / info.name).symlink_to(info)
     return folder / "bin/python"
 
@@ -513,3 +514,48 @@ def test_gpu_check_ends_in_time_and_reports_what_failed(tmp_path):
     check.run("slow", [sys.executable, "-c", child], 1)
     assert time.monotonic() - started < 60 and check.failed
     assert [line.split(" in ")[0] for line in check.lines] == ["fine: passed", "slow: FAILED (out of time)"]
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def rows_of(document: str, head: str) -> list[list[str]]:
+    """The cells of the table of a document whose first column is named so."""
+    lines = (Path(gpu_check.__file__).resolve().parents[2] / "docs" / document).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    end = next((i for i, line in enumerate(lines[start:], start) if not line.startswith("|")), len(lines))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start + 2 : end]]
+
+
+def test_documented_floors_and_accepted_times_are_those_that_are_measured_against():
+    rows = rows_of("benchmarks.md", "Operation")
+    asked = set()
+    for op, shape, which, floor, accept, _ in rows:
+        case = next(case for case in FULL.values() if (f"`{case.op}`", case.shape) == (op, shape))
+        work = case.passes()[which]
+        exact = work.floor_us(4.3e12, 790e12)
+        assert float(floor) == pytest.approx(exact, abs=0.5 if exact > 10 else 0.05)
+        assert float(accept) == pytest.approx(work.accept_us or work.accept_floor * exact, abs=0.5)
+        asked.add((case.name, which))
+    # Every accepted time in microseconds is in the table (floors' multiples hold for all taps: one shape stands for them).
+    assert asked >= {(c.name, w) for c in FULL.values() for w, work in c.passes().items() if work.accept_us}
+    assert {op.strip("`") for op, *_ in rows} | {"feature_loss", "info_nce_statistics"} == set(registry.OPERATIONS)
+
+
+def test_the_numbers_in_the_drawings_are_the_kernels_own():
+    """The example of the mask's and the decoder's drawings: seed 0, position 4096, 3 of 8 patches."""
+    ids_keep, ids_restore = kernels.mask(0, torch.tensor([4096]), kernels.ENCODER, 8, 3)
+    folder = Path(gpu_check.__file__).resolve().parents[2] / "docs/kernels"
+    drawn = re.findall(r">([^<>]+)</text>", (folder / "mask.svg").read_text())
+    at = drawn.index("ids_keep"), drawn.index("ids_restore")
+    # ids_keep is drawn before its title, ids_restore behind it.
+    assert [int(text) for text in drawn[at[0] - 3 : at[0]]] == ids_keep[0].tolist()
+    assert [int(text) for text in drawn[at[1] + 1 : at[1] + 9]] == ids_restore[0].tolist()
+    words = kernels.philox((torch.tensor([4096]), torch.tensor([0]), torch.arange(8), torch.tensor([0])), (0, 0))[0]
+    assert [f"{int(word):08x}" for word in words] == [text for text in drawn if re.fullmatch("[0-9a-f]{8}", text)]
+    drawn = re.findall(r">([^<>]+)</text>", (folder / "token_restore.svg").read_text())
+    at_ids = drawn.index("ids_restore")
+    assert [int(text) for text in drawn[at_ids + 1 : at_ids + 17 : 2]] == ids_restore[0].tolist()
+    places = [text for text in drawn if " + pos " in text]
+    wanted = [f"p{patch}" if rank < 3 else "m" for patch, rank in enumerate(ids_restore[0].tolist())]
+    assert places == [f"{what} + pos {place}" for place, what in enumerate(["cls", *wanted])]
