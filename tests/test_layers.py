@@ -55,7 +55,7 @@ ARROWS = {
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
-    "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards"},
+    "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.dali"},
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},

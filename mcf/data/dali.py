@@ -227,9 +227,7 @@ class RegionDecoder:
 
     def _build(self):
         fn, types, pipeline, _ = self._dali
-        pipe = pipeline(
-            batch_size=self.batch, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, seed=0
-        )
+        pipe = pipeline(batch_size=self.batch, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, seed=0)
         with pipe:
             jpegs = fn.external_source(name="jpegs", device="cpu", dtype=types.UINT8, ndim=1, batch=True)
             start = fn.external_source(name="start", device="cpu", dtype=types.INT32, ndim=1, batch=True)

@@ -1,4 +1,4 @@
-"""`python -m mcf.pack source=IMAGES out=SHARDS`: a folder of images becomes JPEG shards, an index, a manifest, a report."""
+"""`python -m mcf.pack source=IMAGES out=SHARDS`: images or tars become JPEG shards, an index, a manifest, a report."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -36,6 +36,7 @@ DAMAGED = "damaged"
 UNSUPPORTED = "unsupported"
 TOO_SMALL = "too small"
 TOO_LARGE = "too large"
+NOT_DECODABLE = "does not decode with DALI"
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,6 +71,11 @@ class Prepared:
     changes: tuple[str, ...]
     face: Face | None = None
     number: int = 0
+
+    @property
+    def light(self) -> Prepared:
+        """The same without the bytes: what is remembered of it until its shard is finished."""
+        return replace(self, jpeg=b"")
 
 
 def prepare(content: bytes, options: PackConfig) -> Prepared:

@@ -11,7 +11,9 @@ from mcf.pack.faces import Face
 
 # Where the five landmarks of an upright face stand in a crop that just holds it, as shares of its side: right eye, left
 # eye, nose, right and left corner of the mouth (the template of ArcFace, Deng et al. 2019, at 112 pixels).
-TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
 TEMPLATE /= 112
 
 

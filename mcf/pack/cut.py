@@ -168,7 +168,10 @@ def _render(pixels: np.ndarray, corner: tuple[int, int], view: View) -> np.ndarr
 def _turned(pixels: np.ndarray, corner: tuple[int, int], view: Turned) -> np.ndarray:
     left, top, right, bottom = view.reach
     x, y = corner
-    before, after = (max(0, y - top), max(0, x - left)), (max(0, bottom - y - pixels.shape[0]), max(0, right - x - pixels.shape[1]))
+    before, after = (
+        (max(0, y - top), max(0, x - left)),
+        (max(0, bottom - y - pixels.shape[0]), max(0, right - x - pixels.shape[1])),
+    )
     part = pixels[max(0, top - y) : max(0, bottom - y), max(0, left - x) : max(0, right - x)]
     part = np.pad(part, ((before[0], after[0]), (before[1], after[1]), (0, 0)), mode="edge")
     shrunk = max(1.0, view.scale)

@@ -63,7 +63,9 @@ class PackConfig(Section):
     min_side: Positive = Field(32, description="images whose shorter side is under this are left out, pixels")
     max_pixels: Positive = Field(100_000_000, description="images with more pixels are left out undecoded")
     max_bytes: Positive = Field(256 * 2**20, description="files with more bytes are left out unread")
-    seed: NonNegative = Field(0, description="seed of the order in which images are spread over the shards; tars keep theirs")
+    seed: NonNegative = Field(
+        0, description="seed of the order in which images are spread over the shards; tars keep theirs"
+    )
     workers: Positive | None = Field(
         None, description="processes; default: one for each core, at least 2. 1 is this process itself"
     )

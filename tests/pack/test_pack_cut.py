@@ -108,7 +108,9 @@ def test_an_aligned_crop_puts_landmarks_where_the_template_has_them(scale, angle
         canvas[np.hypot(x - mark_x, y - mark_y) < 5 * scale] = colour
     low, high = marks.min(0) - 40 * scale, marks.max(0) + 40 * scale
     face = Face((*low, *high), 1.0, tuple(marks.ravel()))
-    found = decode(one(encode(Image.fromarray(canvas), subsampling="4:4:4"), [face], crop="aligned", size=112).crops[0].jpeg)
+    found = decode(
+        one(encode(Image.fromarray(canvas), subsampling="4:4:4"), [face], crop="aligned", size=112).crops[0].jpeg
+    )
     for place, colour in zip(TEMPLATE, colours):
         # A margin of 0.5 shrinks the template around the middle of the crop.
         wanted = ((place - 0.5) / 1.5 + 0.5) * 112
