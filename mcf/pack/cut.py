@@ -18,12 +18,14 @@ import numpy as np
 from PIL import Image
 
 from mcf.data.dali import RegionDecoder, jpeg_size
+from mcf.errors import UserError
 from mcf.pack import convert, jpeg
 from mcf.pack.convert import Prepared, Refused
 from mcf.pack.crops import Turned, View, around, upright
 from mcf.pack.faces import Face, select, telling
 from mcf.pack.options import PackConfig
 
+DETECTOR_FAILED = "the detector failed"
 BATCH = 32  # images whose rectangles are decoded at once
 _GREY = 128  # what libjpeg fills lost blocks with
 
@@ -112,7 +114,7 @@ class Cutter:
         try:
             pixels = _decode_upright(content, self.options)
             if faces is None:
-                faces = self.find(pixels) if self.find else []
+                faces = self._look(pixels)
             plan = self._plan((pixels.shape[1], pixels.shape[0]), faces)
             left, top, right, bottom = plan.region
             return self._crops(plan, pixels[top:bottom, left:right], (left, top))
@@ -120,6 +122,14 @@ class Cutter:
             return Cut([], refusal.refused, refusal)
         except Refused as refusal:
             return Cut([], [], refusal)
+
+    def _look(self, pixels: np.ndarray) -> list[Face]:
+        try:
+            return self.find(pixels) if self.find else []
+        except UserError:
+            raise
+        except Exception as error:  # whatever a detector stumbles over costs the image alone
+            raise Refused(DETECTOR_FAILED, f"{type(error).__name__}: {error}") from None
 
 
 class _NoFace(Refused):

@@ -82,36 +82,42 @@ def entries(path: Path, name: str, options: PackConfig) -> Iterator[Entry | Left
 def _grouped(tar: tarfile.TarFile, name: str, options: PackConfig) -> Iterator[Entry | LeftOut]:
     """Members with one KEY that follow each other are one sample."""
     seen: set[str] = set()
-    stem: str | None = None
-    entry: Entry | None = None
-    facts: dict[str, Any] = {}
+    group: _Group | None = None
     for item in _members(tar, name, options):
-        if isinstance(item, LeftOut):
-            yield item
-            continue
-        member, content = item
+        member = item.name.removeprefix(f"{name}/") if isinstance(item, LeftOut) else item[0]
         key, _, form = member.rpartition(".")
-        if key != stem:
-            if stem is not None:
-                yield _finished(stem, entry, facts, name)
-            stem, entry, facts = key, None, {}
-        if form.lower() in IMAGES:
-            if member in seen or entry is not None:
-                yield LeftOut(f"{name}/{member}", SEEN, "another image of this name comes before it")
-                continue
+        if group is None or group.key != key:
+            yield from group.finished(name) if group else ()
+            group = _Group(key)
+        if isinstance(item, LeftOut):
+            group.answered = True
+            yield item
+        elif form.lower() not in IMAGES:
+            group.facts = _parsed(item[1])
+        elif member in seen or group.entry is not None:
+            group.answered = True
+            yield LeftOut(f"{name}/{member}", SEEN, "another image of this name comes before it")
+        else:
             seen.add(member)
-            entry = Entry(f"{name}/{member}", content)
-        elif form == "json":
-            facts = _parsed(content)
-    if stem is not None:
-        yield _finished(stem, entry, facts, name)
+            group.entry = Entry(f"{name}/{member}", item[1])
+    yield from group.finished(name) if group else ()
 
 
-def _finished(stem: str, entry: Entry | None, facts: dict[str, Any], name: str) -> Entry | LeftOut:
-    if entry is None:
-        return LeftOut(f"{name}/{stem}", NO_IMAGE, str(facts.get("error_message") or "")[:200])
-    entry.facts = facts
-    return entry
+@dataclass
+class _Group:
+    """A sample under way. `answered`: something of it was left out already, and so named."""
+
+    key: str
+    entry: Entry | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    answered: bool = False
+
+    def finished(self, name: str) -> Iterator[Entry | LeftOut]:
+        if self.entry is not None:
+            self.entry.facts = self.facts
+            yield self.entry
+        elif not self.answered:
+            yield LeftOut(f"{name}/{self.key}", NO_IMAGE, str(self.facts.get("error_message") or "")[:200])
 
 
 def _members(tar: tarfile.TarFile, name: str, options: PackConfig) -> Iterator[tuple[str, bytes] | LeftOut]:
@@ -124,6 +130,9 @@ def _members(tar: tarfile.TarFile, name: str, options: PackConfig) -> Iterator[t
             yield LeftOut(name, DAMAGED_TAR, f"after {read} members: {error}"[:200])
             return
         if info is None:
+            # tarfile takes a broken header for the end; the true end is a block of zeros.
+            if _block(tar) != bytes(tarfile.BLOCKSIZE):
+                yield LeftOut(name, DAMAGED_TAR, f"after {read} members: no header and no end mark")
             return
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers them all: a tar of a million members must not
         read += 1
@@ -149,6 +158,17 @@ def _members(tar: tarfile.TarFile, name: str, options: PackConfig) -> Iterator[t
                 yield LeftOut(name, DAMAGED_TAR, f"ends inside {info.name}")
                 return
             yield info.name.removeprefix("./"), content
+
+
+def _block(tar: tarfile.TarFile) -> bytes:
+    """The block where the next header should be."""
+    file = tar.fileobj
+    assert file is not None
+    try:
+        file.seek(tar.offset)  # type: ignore[attr-defined]
+        return file.read(tarfile.BLOCKSIZE)
+    except OSError:
+        return b""
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -9,11 +9,13 @@ died is simply started again, and the number of tasks may change. Without tasks 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,8 +85,9 @@ def _settings(source: Path, whole: Source, options: PackConfig) -> dict[str, Any
     return {
         "source": str(source),
         **options.decisive(),
+        "detections": options.detections and str(Path(options.detections).resolve()),
         "files": whole.digest,
-        "boxes": _boxes_digest(options),
+        "boxes": _boxes_digest(options, whole),
         "mcf": mcf.__version__,
         "pillow": Image.__version__,
         "libjpeg": features.version("libjpeg_turbo") or features.version("jpg"),
@@ -100,7 +103,7 @@ def _version(package: str) -> str:
         return "?"
 
 
-def _boxes_digest(options: PackConfig) -> str | None:
+def _boxes_digest(options: PackConfig, whole: Source) -> str | None:
     """Names and sizes of LAION-Face's pickles, or the content of a file of boxes."""
     if not options.detections:
         return None
@@ -108,7 +111,14 @@ def _boxes_digest(options: PackConfig) -> str | None:
     if path.is_dir():
         text = json.dumps([[file.name, file.stat().st_size] for file in detections.pickles(path)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    detections.boxes(path)  # says what is wrong with it
+    names = detections.boxes(path)  # says what is wrong with it
+    known = {file.name for unit in whole.units for file in unit.files}
+    if not names.keys() & known:
+        example = next(iter(names), "nothing")
+        raise UserError(
+            f"detections={path}: none of the files it names is in the source (the first: {example}); name them by their "
+            "path below the source, with slashes"
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -174,7 +184,7 @@ class _Folder:
             yield
             return
         self.parts.mkdir(parents=True, exist_ok=True)
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(fcntl.LOCK_SH, self._begin):
             self._agree()
             yield
 
@@ -188,15 +198,28 @@ class _Folder:
             yield
 
     @contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
+    def _locked(self, how: int, first: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the lock; `first` is called before, if nobody else holds it then."""
         try:
             file = (self.out / UNFINISHED / "lock").open("a")
         except FileNotFoundError:  # another task has merged and cleared it away meanwhile
             yield
             return
         with file:
+            if first is not None:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    first()
             fcntl.flock(file, how)
             yield
+
+    def _begin(self) -> None:
+        """Alone, and no part is made: what an earlier attempt wanted does not matter."""
+        file = self.out / UNFINISHED / "settings.json"
+        if not any(self.parts.glob("*.json")):
+            file.unlink(missing_ok=True)
+        for stale in self.parts.glob(".scratch-*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
     def _agree(self) -> None:
         """Write the settings, or hold them against those that are there; a link is made by one task alone."""
