@@ -78,6 +78,14 @@ class Decoder:
 
         Raises Undecodable when some of them are no images, naming one or more of those; the next call works again.
         """
+        images = self._decode(jpegs, mirror)
+        return self._copied(images) if self._mixed else self._resized(images)
+
+    def check(self, jpegs: Sequence[np.ndarray]) -> None:
+        """Decode and throw away. Raises Undecodable as `decode` does."""
+        self._decode(jpegs, np.zeros(len(jpegs), dtype=bool))
+
+    def _decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray):
         sizes = [jpeg_size(jpeg) for jpeg in jpegs]
         absurd = {i: why for i, size in enumerate(sizes) if (why := _absurd(size))}
         if absurd:
@@ -116,11 +124,12 @@ class Decoder:
             return _reason(error)
         return None
 
-    def _run(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
+    def _run(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray):
+        """DALI's list of images, which the next run writes over."""
         if self._pipeline is None:
             self._pipeline = self._build()
         (images,) = self._pipeline.run(jpegs=list(jpegs), mirror=mirror.astype(np.int32))
-        return self._copied(images) if self._mixed else self._resized(images)
+        return images
 
     def _build(self):
         fn, types, pipeline, _ = self._dali
@@ -219,10 +228,9 @@ class RegionDecoder:
     def _run(self, jpegs, regions) -> list[np.ndarray | None]:
         if self._pipeline is None:
             self._pipeline = self._build()
-        edges = np.array(regions, dtype=np.int32)
-        (images,) = self._pipeline.run(
-            jpegs=list(jpegs), start=list(edges[:, [1, 0]]), shape=list(edges[:, [3, 2]] - edges[:, [1, 0]])
-        )
+        start = [np.array([top, left], dtype=np.int32) for left, top, _, _ in regions]
+        shape = [np.array([bottom - top, right - left], dtype=np.int32) for left, top, right, bottom in regions]
+        (images,) = self._pipeline.run(jpegs=list(jpegs), start=start, shape=shape)
         return [np.array(images[i]) for i in range(len(images))]
 
     def _build(self):

@@ -204,6 +204,8 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     if (pixels.shape[1], pixels.shape[0]) == size:
         return np.ascontiguousarray(pixels)
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(
+        0, 3, 1, 2
+    )  # in memory channels last: quicker
     resized = F.interpolate(tensor, (size[1], size[0]), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()

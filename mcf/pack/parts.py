@@ -92,7 +92,7 @@ class Packer:
             by_name = detections.boxes(Path(options.detections))
         self.boxes = Boxes(tables, by_name)
         self.cutter = Cutter(options, finder(options.detector) if options.detector else None)
-        self.checker = Checker()
+        self.checker = Checker(hashes=options.near_duplicates is not None)
 
     def __call__(self, unit: Unit, deaths: tuple[Any, ...], note: Callable[[str, Any], None]) -> Record:
         """Make the part of a unit, or read its record if it is made.
