@@ -191,5 +191,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 3:
         faces += real(Path(sys.argv[3]), 400)
     each = -(-images * 11 // 10 // (len(PARTS) * 2)) + 1
-    tree(out, faces, parts=PARTS, tars=2, per_tar=each, workers=2)
+    tree(out, faces, parts=PARTS, tars=2, per_tar=each, workers=2, sizes=(240, 800))
     print(f"{out}: {len(PARTS) * 2} tars of {each} links")

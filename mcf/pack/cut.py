@@ -106,7 +106,7 @@ class Cutter:
         for (number, face), view in zip(plan.faces, plan.views):
             picture = Image.fromarray(_render(pixels, corner, view))
             content = convert.encode(picture, self.options)
-            crops.append(Prepared(content, view.size, plan.size, ("face cut out",), face, number))
+            crops.append(Prepared(content, view.size, plan.size, (), face, number))
         return Cut(crops, plan.refused)
 
     def _whole(self, content: bytes, faces: Sequence[Face] | None) -> Cut:

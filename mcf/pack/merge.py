@@ -122,7 +122,6 @@ def _uncount(tally: Tally, rows: np.ndarray, kinds: np.ndarray, size: int | None
     for row in rows:
         if row["face"]:
             tally.faces[side_class(int(row["face"]))] -= 1
-            tally.changes["face cut out"] -= 1
             tally.sides[side_class(size or int(row["face"]))] -= 1
 
 

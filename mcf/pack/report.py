@@ -192,7 +192,7 @@ def _page(content: dict[str, Any], files: list[LeftOut]) -> str:
 def tables(content: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """The tables of a report.json that have rows, with their titles."""
     titles = {
-        "left_out": "Left out because",
+        "left_out": "Images left out because",
         "faces_left_out": "Faces left out because",
         "dropped": "Crops dropped because",
         "changed": "Re-encoded because (an image can have several reasons)",
