@@ -32,7 +32,8 @@ __all__ = ["dump", "flatten", "keys", "load", "load_recipe", "main", "parse", "r
 VERBS = {
     "demo": "from faces to a pre-trained encoder in a few minutes, on this machine",
     "data.faces": "draw a folder of faces with masks and landmarks, to try everything else on",
-    "pack": "turn a folder of images into JPEG shards for training",
+    "pack": "turn images, or LAION-Face's tars, into JPEG shards for training",
+    "inspect": "look at packed data, or at the very batch of a step with its masks",
     "launch": "start a run, or go on with it where it stopped: on this machine or through Slurm",
     "follow": "show what a run on Slurm prints until it has ended",
     "train": "what every rank of a run does; run=RUN_DIR is what mcf.launch gives it",

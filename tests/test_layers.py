@@ -61,7 +61,7 @@ ARROWS = {
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
-    "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards"},
+    "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali"},
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
@@ -88,6 +88,7 @@ ARROWS = {
         "mcf.meters", "mcf.models", "mcf.plan", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
+    "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
     "mcf.export": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},

@@ -78,6 +78,14 @@ class Decoder:
 
         Raises Undecodable when some of them are no images, naming one or more of those; the next call works again.
         """
+        images = self._decode(jpegs, mirror)
+        return self._copied(images) if self._mixed else self._resized(images)
+
+    def check(self, jpegs: Sequence[np.ndarray]) -> None:
+        """Decode and throw away. Raises Undecodable as `decode` does."""
+        self._decode(jpegs, np.zeros(len(jpegs), dtype=bool))
+
+    def _decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray):
         sizes = [jpeg_size(jpeg) for jpeg in jpegs]
         absurd = {i: why for i, size in enumerate(sizes) if (why := _absurd(size))}
         if absurd:
@@ -116,11 +124,12 @@ class Decoder:
             return _reason(error)
         return None
 
-    def _run(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
+    def _run(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray):
+        """DALI's list of images, which the next run writes over."""
         if self._pipeline is None:
             self._pipeline = self._build()
         (images,) = self._pipeline.run(jpegs=list(jpegs), mirror=mirror.astype(np.int32))
-        return self._copied(images) if self._mixed else self._resized(images)
+        return images
 
     def _build(self):
         fn, types, pipeline, _ = self._dali
@@ -174,6 +183,71 @@ class Decoder:
             for i, picture in zip(places, pictures):  # result[places] = … takes many times as long
                 result[i].copy_(picture)
         return result.to(self.device)
+
+
+class RegionDecoder:
+    """Decodes a rectangle of each of up to `batch` JPEGs on `threads` cores: what packing cuts faces out of.
+
+    The pixels are those of decoding the whole image, but rows below the rectangle are not read and no inverse
+    transform is done beside it: for a face in a large picture that takes a third of the time.
+    """
+
+    def __init__(self, batch: int, threads: int = 1):
+        self.batch, self.threads = batch, threads
+        self._dali = _import_dali()
+        self._pipeline: Any = None
+
+    def decode(
+        self, jpegs: Sequence[np.ndarray], regions: Sequence[tuple[int, int, int, int]]
+    ) -> list[np.ndarray | None]:
+        """uint8 RGB [bottom − top, right − left, 3] for each region (left, top, right, bottom); None if it fails."""
+        results: list[np.ndarray | None] = []
+        for first in range(0, len(jpegs), self.batch):
+            some = slice(first, first + self.batch)
+            results += self._decode(jpegs[some], regions[some])
+        return results
+
+    def _decode(self, jpegs, regions) -> list[np.ndarray | None]:
+        try:
+            return self._run(jpegs, regions)
+        except RuntimeError as error:
+            self._pipeline = None  # dead after an error
+            if len(jpegs) == 1:
+                return [None]
+            # The message numbers an image that failed. Without it, the rest is tried together; else one by one.
+            named = {int(number) for number in re.findall(r"#(\d+)", str(error))} & set(range(len(jpegs)))
+            rest = [i for i in range(len(jpegs)) if i not in named]
+        if named:
+            parts = {i: self._decode(jpegs[i : i + 1], regions[i : i + 1])[0] for i in named}
+            if rest:
+                decoded = self._decode([jpegs[i] for i in rest], [regions[i] for i in rest])
+                parts |= dict(zip(rest, decoded))
+            return [parts[i] for i in range(len(jpegs))]
+        return [self._decode([jpeg], [region])[0] for jpeg, region in zip(jpegs, regions)]
+
+    def _run(self, jpegs, regions) -> list[np.ndarray | None]:
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        start = [np.array([top, left], dtype=np.int32) for left, top, _, _ in regions]
+        shape = [np.array([bottom - top, right - left], dtype=np.int32) for left, top, right, bottom in regions]
+        (images,) = self._pipeline.run(jpegs=list(jpegs), start=start, shape=shape)
+        return [np.array(images[i]) for i in range(len(images))]
+
+    def _build(self):
+        fn, types, pipeline, _ = self._dali
+        pipe = pipeline(batch_size=self.batch, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, seed=0)
+        with pipe:
+            jpegs = fn.external_source(name="jpegs", device="cpu", dtype=types.UINT8, ndim=1, batch=True)
+            start = fn.external_source(name="start", device="cpu", dtype=types.INT32, ndim=1, batch=True)
+            shape = fn.external_source(name="shape", device="cpu", dtype=types.INT32, ndim=1, batch=True)
+            pipe.set_outputs(
+                fn.decoders.image_slice(
+                    jpegs, start, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False, device="cpu",
+                    output_type=types.RGB, jpeg_fancy_upsampling=True,
+                )
+            )  # fmt: skip
+        pipe.build()
+        return pipe
 
 
 def _import_dali():

@@ -11,11 +11,12 @@ after that its samples are taken as bad: named, with the reason, and left to the
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,7 +26,10 @@ import numpy as np
 from mcf.data.order import Order, Segment
 from mcf.data.shards import Manifest, index_path
 
+log = logging.getLogger(__name__)
+
 PAUSES = (0.1, 0.5, 2.0)  # seconds before each further try of a failed read
+_SLOW = 10.0  # seconds of waiting for one window after which that is said, again and again
 _THREADS = 4  # reads in flight a rank: enough to hide the latency of a network file system
 
 
@@ -141,10 +145,14 @@ def _text(error: Exception) -> str:
 class _OpenWindow:
     """A window that is read or being read: its samples in the order in which they are given."""
 
-    def __init__(self, future: Future, rows: int):
-        self.future, self.rows = future, rows
+    def __init__(self, future: Future, rows: int, shards: str):
+        self.future, self.rows, self.shards = future, rows, shards
 
     def take(self, offset: int) -> Stored:
+        while not wait([self.future], timeout=_SLOW).done:
+            log.warning(
+                "still waiting for the storage to read from %s; nothing is lost, training waits too", self.shards
+            )
         samples = self.future.result()
         sample, samples[offset] = samples[offset], None
         return sample
@@ -233,4 +241,5 @@ class Reader:
             given[:first] = [None] * first  # given before the restart
             return given
 
-        return _OpenWindow(self._pool.submit(read), len(content.permutation))
+        shards = sorted({self.files.manifest.shards[segment.shard].name for segment in content.segments})
+        return _OpenWindow(self._pool.submit(read), len(content.permutation), ", ".join(shards))

@@ -274,6 +274,28 @@ class ShardWriter:
             self.discard()
 
 
+def rewrite(source: Path, target: Path, rows: set[int]) -> Shard:
+    """Write the samples of some rows of a shard to another, which may be the same file."""
+    with ShardWriter(target) as writer, tarfile.open(source) as tar:
+        row, key, jpeg = -1, "", b""
+        pending = False  # a sample whose KEY.json may still come
+        for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers all it has read
+            content = tar.extractfile(member).read()  # type: ignore[union-attr]
+            name, _, form = member.name.rpartition(".")
+            if form == "jpg":
+                if pending:
+                    writer.add(key, jpeg)
+                row, key, jpeg = row + 1, name, content
+                pending = row in rows
+            elif pending and name == key:
+                writer.add(key, jpeg, json.loads(content))
+                pending = False
+        if pending:
+            writer.add(key, jpeg)
+        return writer.close()
+
+
 def _sha256(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):

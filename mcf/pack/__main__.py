@@ -1,4 +1,4 @@
-"""`python -m mcf.pack source=IMAGES out=SHARDS`: a folder of images becomes JPEG shards, an index, a manifest, a report."""
+"""`python -m mcf.pack source=IMAGES out=SHARDS`: images or tars become JPEG shards, an index, a manifest, a report."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from mcf import cli
 from mcf.data.shards import load_manifest, verify
 from mcf.errors import UserError
 from mcf.pack.options import PackConfig
+from mcf.pack.page import write_page
 from mcf.pack.writing import pack
 
 
 @cli.main
 def main(argv: list[str]) -> int:
-    """Pack, or with `verify=true` check what was packed."""
+    """Pack, or with `verify=true` check what was packed, or with `report=DIR` show it."""
     options = cli.parse(PackConfig, argv, verb="pack")
+    if options.report is not None:
+        print(write_page(Path(options.report)))
+        return 0
     if not options.verify:
         pack(options)
         return 0

@@ -1,8 +1,8 @@
 """From the bytes of any image file to the bytes of an upright RGB JPEG, or a reason why not.
 
 A JPEG that every decoder reads alike and that has the wanted size keeps its bytes. All else is decoded, turned
-upright, brought to RGB, cropped, resized and encoded once. Either way the result was decoded in full here, so that
-no reader meets a surprise. Colour profiles are applied where there is no meaning without one (CMYK), and dropped
+upright, brought to RGB, cropped, resized and encoded once. What is stored is decoded again from its shard, by the
+decoder of training (`mcf.pack.checking`). Colour profiles are applied where there is no meaning without one (CMYK), and dropped
 elsewhere: what the encoder learns from RGB files are their numbers as they stand.
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from mcf.pack import jpeg
 from mcf.pack.crops import VIEWS, View
+from mcf.pack.faces import Face
 from mcf.pack.options import PackConfig
 
 # Only formats that Pillow decodes itself: an .eps would be handed to Ghostscript.
@@ -35,8 +36,9 @@ DAMAGED = "damaged"
 UNSUPPORTED = "unsupported"
 TOO_SMALL = "too small"
 TOO_LARGE = "too large"
+NOT_DECODABLE = "does not decode with DALI"
 
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -58,12 +60,22 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A JPEG to be stored: its size and that of the upright original (width, height), and what was changed."""
+    """A JPEG to be stored: its size and that of the upright original (width, height), and what was changed.
+
+    face, number: which face it shows, and the how manieth of the image's faces that is.
+    """
 
     jpeg: bytes
     size: tuple[int, int]
     original: tuple[int, int]
     changes: tuple[str, ...]
+    face: Face | None = None
+    number: int = 0
+
+    @property
+    def light(self) -> Prepared:
+        """The same without the bytes: what is remembered of it until its shard is finished."""
+        return replace(self, jpeg=b"")
 
 
 def prepare(content: bytes, options: PackConfig) -> Prepared:
@@ -75,31 +87,27 @@ def prepare(content: bytes, options: PackConfig) -> Prepared:
         raise Refused(EMPTY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; its pixel limit, which is ours to set
-        image = _open(content)
-        _check_size(*image.size, options)
+        image = opened(content)
+        check_size(*image.size, options)
         if image.format not in _JPEG:
-            _decode(image, content)  # first of all: some formats have their metadata behind the pixels
-        orientation = _orientation(image)
+            decode(image, content)  # first of all: some formats have their metadata behind the pixels
+        orientation = orientation_of(image)
         width, height = reversed(image.size) if orientation >= 5 else image.size
-        view = VIEWS[options.crop](width, height, options.size)
+        view = VIEWS[options.cropping](width, height, options.size)
         if max(view.size) > _LONGEST:
             raise Refused(TOO_LARGE, f"{width}x{height}: a JPEG has at most {_LONGEST} pixels a side")
         changes = _changes(image, content, orientation, view)
         if not changes:
-            _decode(image, content)
+            decode(image, content)
             return Prepared(content, view.size, (width, height), ())
         _draft(image, orientation, view)
-        _decode(image, content)
-        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-        result = _resize(_rgb(upright), view, (width, height))
-        stream = io.BytesIO()
-        # Baseline, 4:2:0, no EXIF, no profile: what hardware decoders take.
-        result.save(stream, "JPEG", quality=options.quality, subsampling="4:2:0")
-        _confirm(stream.getvalue(), view.size)
-        return Prepared(stream.getvalue(), view.size, (width, height), changes)
+        decode(image, content)
+        upright = image.transpose(TURNS[orientation]) if orientation in TURNS else image
+        result = _resize(rgb(upright), view, (width, height))
+        return Prepared(encode(result, options), view.size, (width, height), changes)
 
 
-def _open(content: bytes) -> Image.Image:
+def opened(content: bytes) -> Image.Image:
     Image.init()
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -116,16 +124,16 @@ def _open(content: bytes) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; 1 where there is none or EXIF is broken, which says nothing about the pixels."""
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:
         return 1
-    return value if value in _TURNS else 1
+    return value if value in TURNS else 1
 
 
-def _check_size(width: int, height: int, options: PackConfig) -> None:
+def check_size(width: int, height: int, options: PackConfig) -> None:
     if min(width, height) < options.min_side:
         raise Refused(TOO_SMALL, f"{width}x{height}, min_side={options.min_side}")
     if width * height > options.max_pixels:
@@ -169,7 +177,7 @@ def _draft(image: Image.Image, orientation: int, view: View) -> None:
         image.draft(None, (int(image.width * factor), int(image.height * factor)))
 
 
-def _decode(image: Image.Image, content: bytes) -> None:
+def decode(image: Image.Image, content: bytes) -> None:
     try:
         image.load()
     except MemoryError:
@@ -183,7 +191,7 @@ def _decode(image: Image.Image, content: bytes) -> None:
             raise Refused(TRUNCATED, "the compressed data ends before the image does")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow → RGB, 8 bits a channel."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -233,9 +241,8 @@ def _resize(image: Image.Image, view: View, original: tuple[int, int]) -> Image.
     return image.resize(view.size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
-def _confirm(content: bytes, size: tuple[int, int]) -> None:
-    """Decode what was just encoded: what goes into a shard has been read once."""
-    with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-        image.load()
-        if image.size != size or image.mode != "RGB":
-            raise RuntimeError(f"encoded {image.mode} {image.size}, wanted RGB {size}")
+def encode(image: Image.Image, options: PackConfig) -> bytes:
+    """A JPEG as hardware decoders take it: baseline, 4:2:0, no EXIF, no profile."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=options.quality, subsampling="4:2:0")
+    return stream.getvalue()

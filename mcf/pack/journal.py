@@ -20,7 +20,7 @@ from mcf.data.shards import MANIFEST, UNFINISHED, Shard, index_path, load_manife
 from mcf.errors import UserError
 from mcf.pack.report import Tally
 
-VERSIONS = ("mcf", "pillow", "libjpeg")  # keys of the settings that name the software
+VERSIONS = ("mcf", "pillow", "libjpeg", "torch", "dali")  # keys of the settings that name the software
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ class Journal:
         if (self.out / MANIFEST).exists():
             self.finished = True
             before = load_manifest(self.out).meta.get("pack", {})
-            # Other versions of the libraries are no reason to refuse where nothing is written.
-            _refuse_difference(self.out, before, settings, ignore=VERSIONS)
+            refuse_difference(self.out, before, settings, finished=True)
         elif self._record(0).exists():
-            _refuse_difference(self.out, json.loads(file.read_text()), settings)
+            refuse_difference(self.out, json.loads(file.read_text()), settings)
             self._resume()
         else:
             write_atomically(file, json.dumps(settings).encode())
@@ -113,14 +112,17 @@ class Journal:
         self._lock.close()
 
 
-def _refuse_difference(out: Path, before: dict[str, Any], now: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
+def refuse_difference(out: Path, before: dict[str, Any], now: dict[str, Any], *, finished: bool = False) -> None:
+    """Raise UserError for the first setting that is not what the folder was begun with.
+
+    finished: nothing will be written, so that other versions of the libraries are no reason to refuse.
+    """
     for key in [*now, *before]:
-        if key in ignore or before.get(key) == now.get(key):
+        if (finished and key in VERSIONS) or before.get(key) == now.get(key):
             continue
-        if key == "files":
-            raise UserError(
-                f"out={out} was begun with other files: {now['source']} has changed since; name a new folder"
-            )
+        if key in ("files", "boxes"):
+            changed = now["source"] if key == "files" else now["detections"]
+            raise UserError(f"out={out} was begun with other files: {changed} has changed since; name a new folder")
         raise UserError(
             f"out={out} was begun with {key}={before.get(key)}, now it is {now.get(key)}; use that, or name a new folder"
         )

@@ -110,10 +110,11 @@ class _Crew(Generic[T, R]):
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=leave_with_parent)
 
 
-def _begin() -> None:
+def leave_with_parent() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end when it has ended, however that came about."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,7 +1,7 @@
 """Packing, from a folder of images to shards that a training run can trust.
 
     walk the source ──► duplicates out ──► one order, mixed by the seed ──► decode and convert on all cores
-                    ──► shards, in that order ──► reports ──► manifest, last
+                    ──► shards, in that order, each decoded once by DALI ──► reports ──► manifest, last
 
 Every step depends on names, bytes and settings alone, so that the output is the same bytes whatever the number of
 workers and however often the work was interrupted: a finished shard is kept, the next begins at the candidate after it.
@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, features
 
 import mcf
-from mcf.data.shards import Manifest, Shard, ShardWriter, load_manifest, write_manifest
+from mcf.data.shards import Manifest, Shard, ShardWriter, index_path, load_manifest, rewrite, write_manifest
 from mcf.errors import UserError
 from mcf.pack import convert
 from mcf.pack.convert import Prepared
@@ -33,6 +34,9 @@ from mcf.pack.progress import Meter, meter
 from mcf.pack.report import PAGE, Tally, write_report
 from mcf.pack.source import UNREADABLE, Candidate, Folder, LeftOut, mixed, read, without_duplicates
 from mcf.pack.workers import cores, ordered
+
+if TYPE_CHECKING:
+    from mcf.pack.checking import Checker
 
 FULL_SHARD = 10_000
 FEWEST_SHARDS = 16  # data order permutes whole shards: a few large ones would hardly be mixed
@@ -49,14 +53,37 @@ class Survey:
     digest: str
 
 
-def pack(options: PackConfig) -> Manifest:
+def pack(options: PackConfig) -> Manifest | None:
     """Pack `options.source` into `options.out`; a finished folder is left as it is.
 
-    Raises UserError for everything that a user can mend, a full disk included: the same command goes on then.
+    Faces are cut out of images, and tars are read, in parts that tasks can share (`mcf.pack.tasks`); None if others have
+    parts to make. Raises UserError for everything that a user can mend, a full disk included: the same command goes on
+    then.
     """
     source, out = _places(options)
     workers = options.workers or max(2, cores())
-    survey = look_through(source, options, workers)
+    found = list(Folder(source).walk())
+    if options.by_faces or any(item.name.lower().endswith(".tar") for item in found if isinstance(item, Candidate)):
+        from mcf.pack.tasks import pack_parts  # needs torch and DALI; a folder is looked through without
+
+        with _disk(out):
+            return pack_parts(source, found, out, options, workers)
+    return _pack_folder(source, found, out, options, workers)
+
+
+def _pack_folder(
+    source: Path, found: list[Candidate | LeftOut], out: Path, options: PackConfig, workers: int
+) -> Manifest:
+    """Whole images of a folder, by one process and its workers."""
+    if options.detections or options.detector:
+        raise UserError(
+            f"crop={options.crop} keeps whole images; take detections= and detector= away, or say crop=face"
+        )
+    if (options.tasks or 1) > 1:
+        raise UserError(
+            "tasks share tars, or faces to be cut out; a folder of whole images is packed by one: take tasks= away"
+        )
+    survey = look_through(source, found, options, workers)
     settings = {
         "source": str(source),
         **options.decisive(),
@@ -77,12 +104,12 @@ def pack(options: PackConfig) -> Manifest:
         return _finish(survey, journal, tally, settings)
 
 
-def look_through(source: Path, options: PackConfig, workers: int) -> Survey:
-    """Find every file of the source, leave out what needs no decoding to be refused, and fix the order."""
+def look_through(source: Path, everything: list[Candidate | LeftOut], options: PackConfig, workers: int) -> Survey:
+    """Of every file of the source, leave out what needs no decoding to be refused, and fix the order."""
     found = 0
     candidates: list[Candidate] = []
     left_out: list[LeftOut] = []
-    for item in Folder(source).walk():
+    for item in everything:
         found += 1
         if isinstance(item, LeftOut):
             left_out.append(item)
@@ -138,33 +165,65 @@ def _write(survey: Survey, journal: Journal, options: PackConfig, shard_samples:
     todo = survey.candidates[done:]
     outcomes = ordered(functools.partial(handle, options=options), todo, workers, _died)
     with meter(len(survey.candidates), done) as progress, closing(outcomes):
-        pairs = iter(zip(todo, outcomes))
-        while written := _write_shard(pairs, done, journal, shard_samples, progress, whole):
+        from mcf.pack.checking import Checker
+
+        pairs, checker = iter(zip(todo, outcomes)), Checker(workers)
+        while written := _write_shard(pairs, done, journal, shard_samples, progress, whole, checker):
             done = written.done
     return whole
 
 
 def _write_shard(
-    pairs: Iterator[tuple[Candidate, Any]], done: int, journal: Journal, samples: int, progress: Meter, whole: Tally
+    pairs: Iterator[tuple[Candidate, Any]],
+    done: int,
+    journal: Journal,
+    samples: int,
+    progress: Meter,
+    whole: Tally,
+    checker: Checker,
 ) -> Record | None:
     """Write one shard of the next `samples` images that are kept; None if none came."""
     part = Tally()
+    written: list[tuple[str, Prepared]] = []
     with ShardWriter(journal.shard_path(len(journal.records))) as writer:
         for candidate, outcome in pairs:
             done += 1
             part.add(outcome)
             whole.add(outcome)
-            progress.advance(whole)
+            progress.advance(whole.out)
             if not isinstance(outcome, LeftOut):
                 writer.add(candidate.key, outcome.jpeg, _facts(candidate, outcome))
+                written.append((candidate.name, outcome.light))
             if part.kept == samples:
                 break
         if not part.kept:
             writer.discard()
             return None
-        record = Record(writer.close(), done, part)
+        shard = writer.close()
+    reasons, _ = checker.look(writer.path, np.load(index_path(writer.path)))
+    if reasons:
+        shard = _without(writer.path, written, reasons, (part, whole))
+    record = Record(shard, done, part)
     journal.commit(record)
     return record
+
+
+def _without(
+    tar: Path, written: list[tuple[str, Prepared]], reasons: dict[int, str], tallies: tuple[Tally, ...]
+) -> Shard:
+    """Write a shard again without the rows that the decoder of training refuses."""
+    kept = [row for row in range(len(written)) if row not in reasons]
+    if not kept:
+        raise UserError(
+            f"{tar}: DALI decodes none of its {len(written):,} images ({reasons[0]}); is it installed whole?"
+        )
+    for row, reason in reasons.items():
+        name, prepared = written[row]
+        for tally in tallies:
+            tally.uncount(prepared)
+            tally.images -= 1
+            tally.add(LeftOut(name, convert.NOT_DECODABLE, reason))
+    return rewrite(tar, tar, set(kept))
 
 
 def _facts(candidate: Candidate, prepared: convert.Prepared) -> dict[str, Any]:

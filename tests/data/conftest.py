@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tiny.py
+
 from data_shards import make_jpeg
 
 from mcf.data.shards import ShardWriter, write_manifest
