@@ -57,6 +57,7 @@ ARROWS = {
         "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.kernels", "mcf.models", "mcf.plan", "mcf.schedule",
     },
     "mcf.meters": {"mcf.data", "mcf.distributed", "mcf.step"},
+    "mcf.downstream": {"mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.models", "mcf.weights"},
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.guard", "mcf.meters",
