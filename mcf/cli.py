@@ -34,6 +34,7 @@ VERBS = {
     "data.faces": "draw a folder of faces with masks and landmarks, to try everything else on",
     "pack": "turn a folder of images into JPEG shards for training",
     "launch": "start a run, or go on with it where it stopped: on this machine or through Slurm",
+    "finetune": "train a head for alignment or parsing on an encoder, and evaluate it",
     "train": "what every rank of a run does; run=RUN_DIR is what mcf.launch gives it",
     "export": "write an encoder of a run as a ViT with timm's names",
     "convert": "turn weights of MoCo v3, MAE, timm or the released MCF into a ViT with timm's names",

@@ -17,6 +17,7 @@ DOORS = {
     "submitit": {"mcf.launch", "mcf.task"},
     "xformers": {"mcf.attention"},
     "triton": {"mcf.kernels"},
+    "matplotlib": {"mcf.downstream.charts"},
 }
 # Module or package → what of mcf it may import (itself and its own package always). The longest row that fits holds.
 ARROWS = {
@@ -57,11 +58,16 @@ ARROWS = {
         "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.kernels", "mcf.models", "mcf.plan", "mcf.schedule",
     },
     "mcf.meters": {"mcf.data", "mcf.distributed", "mcf.step"},
-    "mcf.downstream": {"mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.models", "mcf.weights"},
+    "mcf.signals": set(),
+    "mcf.downstream": {"mcf.config", "mcf.errors", "mcf.keys", "mcf.models", "mcf.state", "mcf.weights"},
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.guard", "mcf.meters",
         "mcf.plan", "mcf.state", "mcf.step", "mcf.track", "mcf.weights",
+    },
+    "mcf.finetune": {
+        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.guard", "mcf.signals",
+        "mcf.state", "mcf.track",
     },
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
