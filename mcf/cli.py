@@ -36,6 +36,7 @@ VERBS = {
     "inspect": "look at packed data, or at the very batch of a step with its masks",
     "launch": "start a run, or go on with it where it stopped: on this machine or through Slurm",
     "follow": "show what a run on Slurm prints until it has ended",
+    "finetune": "train a head for alignment or parsing on an encoder, and evaluate it",
     "train": "what every rank of a run does; run=RUN_DIR is what mcf.launch gives it",
     "task": "one rank of a run in a batch script of one's own: mcf.train, watched",
     "job": "what a batch script does before and after srun: look at the nodes, go back to the queue",

@@ -58,6 +58,7 @@ class Engine:
         accumulation: micro-batches a step; `backward` counts them.
         world: this rank; the process group must stand (`mcf.distributed.join`).
         persist: parameters of up to this many elements are not split under stage 3; `mcf.zero.persistent` if None.
+        groups: AdamW's groups instead of `parameter_groups`; a group's `lr_scale` multiplies the rate of each step.
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -65,7 +66,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, *, accumulation: int, world: World, persist: int | None = None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        accumulation: int,
+        world: World,
+        persist: int | None = None,
+        groups: list[dict[str, Any]] | None = None,
     ):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or parameter.dtype != torch.float32:
@@ -75,10 +83,11 @@ class Engine:
         self.accumulation = accumulation
         self.applied_steps = 0
         self._micro_step = 0
+        model.to(world.device)
         # Fused: one pass over the flat state, on the CPU too (elementwise, so repeatable), and no host
         # synchronisation for the step counter on a GPU.
         optimizer = torch.optim.AdamW(
-            parameter_groups(model.to(world.device), recipe.optimizer.weight_decay),
+            groups or parameter_groups(model, recipe.optimizer.weight_decay),
             lr=0.0,  # told at every step
             betas=recipe.optimizer.betas,
             eps=recipe.optimizer.eps,
@@ -146,7 +155,7 @@ class Engine:
             self.discard()
             return StepResult(False, norm)
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._stage.apply(norm)
         self._keep_buffers()
         self._micro_step = 0

@@ -67,15 +67,16 @@ def write(folder: Path, recipe: Recipe, progress: Progress, engine: dict[str, to
     """
     weights = {k.removeprefix("model."): v for k, v in engine.items() if k.startswith("model.")}
     optimizer = {k: v for k, v in engine.items() if not k.startswith("model.")}
-    _save(weights, folder / WEIGHTS)
-    _save(optimizer, folder / OPTIMIZER)
-    _save(momentum, folder / MOMENTUM)
+    save_tensors(weights, folder / WEIGHTS)
+    save_tensors(optimizer, folder / OPTIMIZER)
+    save_tensors(momentum, folder / MOMENTUM)
     progress.versions = versions()
     content = {"format": FORMAT, "progress": asdict(progress), "recipe": recipe.model_dump(mode="json")}
     (folder / RUN).write_text(json.dumps(content, indent=1))
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a file of safetensors; an OSError where the disk is full."""
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
     except SafetensorError as error:

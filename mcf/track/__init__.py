@@ -26,10 +26,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from mcf.config import Recipe
 from mcf.track import jsonl
 from mcf.track.console import Console
-from mcf.track.origin import describe, plan_value
+from mcf.track.origin import Tracked, describe, plan_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,9 +45,10 @@ class Tracker:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Tracked,
         run_dir: str | Path,
         *,
+        description: str | None = None,
         rank: int = 0,
         plan: Any = None,
         run_id: str | None = None,
@@ -60,6 +60,7 @@ class Tracker:
         Args:
             recipe: what is run; `track` says where to.
             run_dir: the run directory.
+            description: of the run for MLflow's page, in Markdown; by default that of a pre-training recipe.
             rank: this process's rank.
             plan: object or mapping with `steps` and `lr`, for progress, time to go and the description.
             run_id: MLflow run that the checkpoint names.
@@ -91,7 +92,7 @@ class Tracker:
                 self._mlflow = MLflowSink(
                     recipe,
                     self.run_dir,
-                    description=describe(recipe, plan, self.run_dir),
+                    description=describe(recipe, plan, self.run_dir) if description is None else description,
                     run_id=run_id,
                     start=start,
                     tell=lambda line: self.event("tracking", message=line),

@@ -26,10 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mcf.config import Recipe
 from mcf.errors import missing_package
 from mcf.track import jsonl
-from mcf.track.origin import NOTE, tags
+from mcf.track.origin import NOTE, Tracked, tags
 
 LEDGER = "mlflow.json"
 STEP_TAG = "mcf.step"
@@ -51,7 +50,7 @@ BAD_IN_NAME = re.compile(r"[^\w .:/-]", re.ASCII)
 # Without the kind, MLflow's page takes an experiment without models for one about language models.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    NOTE: "Pre-training of face encoders (Mask Contrastive Face): one run is one training run.",
+    NOTE: "Face encoders (Mask Contrastive Face): one run is one training run.",
 }
 
 NOT_METRICS = {"step", "samples", "time"}
@@ -78,7 +77,7 @@ class MLflowSink:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Tracked,
         run_dir: Path,
         *,
         description: str = "",
@@ -382,7 +381,7 @@ ENVIRONMENT = {
 }
 
 
-def tracking_uri(recipe: Recipe, run_dir: Path) -> str:
+def tracking_uri(recipe: Tracked, run_dir: Path) -> str:
     """MLflow's URI for track.mlflow; 'local' is the sqlite file beside the run directory."""
     if recipe.track.mlflow == "local":
         return f"sqlite:///{Path(run_dir).resolve().parent / 'mlflow.db'}"

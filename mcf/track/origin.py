@@ -10,15 +10,34 @@ import subprocess
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mcf import __version__
-from mcf.config import Recipe
+from mcf.config import Recipe, TrackConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # A snapshot of the code has no .git: the launcher writes the commit into this file beside it.
 SNAPSHOT_VERSION = "VERSION"
 NOTE = "mlflow.note.content"  # the description on MLflow's page of a run
+
+
+class Tracked(Protocol):
+    """What tracking must know of a run (a recipe of any verb does)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+
+    @property
+    def batch(self) -> int:
+        """Samples of a step."""
+
+    @property
+    def track(self) -> TrackConfig:
+        """Where numbers go."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """All keys, as plain values."""
 
 
 @cache
@@ -54,8 +73,10 @@ def tags(run_dir: Path, description: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def describe(recipe: Recipe, plan: Any, run_dir: Path) -> str:
-    """Markdown for MLflow's description: what is trained, on what, for how long, and how to read the charts."""
+def describe(recipe: Tracked, plan: Any, run_dir: Path) -> str:
+    """Markdown for MLflow's description of a pre-training run: what is trained, on what, how long, how to read the charts."""
+    if not isinstance(recipe, Recipe):
+        return ""
     model, steps, lr = recipe.model, plan_value(plan, "steps"), plan_value(plan, "lr")
     terms = [
         f"{weight:g}·{name}"

@@ -1,0 +1,145 @@
+"""The keys of `mcf.finetune`. The defaults are FaRL's protocol with a ViT-B; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mcf.config import (
+    CheckpointConfig,
+    Decay,
+    GuardConfig,
+    NonNegative,
+    OptimizerConfig,
+    Positive,
+    Recipe,
+    Section,
+    Share,
+    TrackConfig,
+    TrainConfig,
+)
+
+# Learning rate of pyramid and head (DOWNSTREAM 1).
+HEAD_LR = {"alignment": 1e-2, "parsing": 1e-3}
+
+
+class HeadConfig(Section):
+    """Pyramid pooling and feature pyramid (UPerNet)."""
+
+    channels: Positive = Field(768, description="width of the head")
+    pools: tuple[Positive, ...] = Field((1, 2, 3, 6), description="sides of the grids of the pyramid pooling")
+    dropout: Decay = Field(0.1, description="share of the channels dropped before the last layer")
+
+
+class HeatmapConfig(Section):
+    """Target heat-maps of alignment."""
+
+    size: Positive = Field(128, description="side of the heat-maps of the loss")
+    radius: float = Field(5.0, gt=0, description="radius R of exp(−r²·16/(2R²)), cells of the heat-map; 0 beyond")
+
+
+class FinetuneOptimizerConfig(Section):
+    """AdamW, and one drop of its rate."""
+
+    lr: float | None = Field(
+        None, gt=0, description="learning rate of pyramid and head; default 1e-2 (alignment) or 1e-3 (parsing)"
+    )
+    backbone_lr: float = Field(1e-4, gt=0, description="learning rate of the backbone")
+    drop_epoch: NonNegative = Field(200, description="epoch from which all rates are optimizer.drop times as large")
+    drop: float = Field(0.1, gt=0, le=1, description="factor of that drop")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's β")
+    eps: float = Field(1e-8, gt=0, description="AdamW's ε")
+    weight_decay: float = Field(1e-5, ge=0, description="decoupled weight decay, of all parameters")
+
+
+class FinetuneTrainConfig(Section):
+    """The loop."""
+
+    epochs: Positive | None = Field(
+        None, description="length, passes over the data; default: the protocol's of the data set"
+    )
+    stop_after: Positive | None = Field(
+        None, description="end after so many further steps, as if told to stop; the schedule stays"
+    )
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="precision of the matrix work")
+    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed's ZeRO stage, where there are several ranks")
+    threads: Positive | None = Field(None, description="CPU threads of torch a rank; default: its share of the cores")
+    readers: Positive | None = Field(
+        None, description="threads a rank that decode images; default: its share of the cores"
+    )
+    log_every: Positive = Field(20, description="steps between two lines of metrics")
+
+
+class FinetuneConfig(Section):
+    """Train a head for alignment or parsing on an encoder, and evaluate it by FaRL's protocol.
+
+    For example: python -m mcf.finetune task=parsing dataset=lapa data=LaPa weights=runs/mine
+    On several ranks: torchrun or srun start one such process a GPU. A run that was cut off goes on when started again.
+    """
+
+    task: Literal["alignment", "parsing"] = Field(description="points of a face, or a class for each pixel")
+    dataset: str = Field(
+        description="aflw19, 300w, wflw, csv, faces (alignment); lapa, celebamask_hq, masks, faces (parsing)"
+    )
+    data: str = Field(description="folder of the data set")
+    weights: str = Field(description="run directory, checkpoint, or file of weights that is the backbone")
+    branch: Literal["encoder", "momentum"] = Field("encoder", description="which encoder of a run or released MCF file")
+    heads: Positive | None = Field(None, description="attention heads, for files that do not state them")
+    random: bool = Field(False, description="take only the shape from weights: the baseline of an untrained backbone")
+    freeze: bool = Field(False, description="train pyramid and head alone")
+    taps: tuple[NonNegative, ...] | None = Field(
+        None,
+        description="four blocks whose outputs are used, counted from 0; default [3,5,7,11] of 12 blocks, and so on",
+    )
+    name: str = Field("", description="name of the run; default TASK-DATASET", pattern=r"^([A-Za-z0-9][\w.+-]*)?$")
+    output: str = Field("runs", description="folder of run directories")
+    seed: NonNegative = Field(0, lt=2**64, description="seed of head, order and augmentation")
+    batch: Positive = Field(40, description="faces of a step over all ranks")
+    micro_batch: Positive = Field(40, description="most faces a rank handles at once; the accumulation is derived")
+    labels: Positive | None = Field(None, description="train on so many faces of the training split only")
+    validation: Share = Field(
+        0.0, description="share of the training people held out to choose the epoch; 0: the last epoch is the one"
+    )
+    evaluate_every: Positive = Field(1, description="epochs between two evaluations on the test set")
+    warp_size: Positive = Field(512, description="side of the square that a face is warped to, pixels")
+    input_size: Positive = Field(448, description="side of the network's input, pixels; a multiple of the patch side")
+    ema: Decay = Field(0.999, description="decay of the average of weights that is evaluated")
+    pictures: NonNegative = Field(8, description="faces in each picture (0: no pictures)")
+    attention: Literal["auto", "xformers", "sdpa", "math"] = Field("auto", description="implementation of attention")
+    head: HeadConfig = HeadConfig()
+    heatmap: HeatmapConfig = HeatmapConfig()
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    train: FinetuneTrainConfig = FinetuneTrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    track: TrackConfig = TrackConfig(experiment="mcf-downstream")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.taps is not None and len(self.taps) != 4:
+            raise ValueError(f"taps={list(self.taps)}: expected four blocks, like [3,5,7,11]")
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run."""
+        return self.name or f"{self.task}-{self.dataset}"
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of pyramid and head before the drop."""
+        return self.optimizer.lr or HEAD_LR[self.task]
+
+    def recipe(self, ranks: int) -> Recipe:
+        """What the engine and the tracker read of a run, as the recipe that they know."""
+        optimizer = self.optimizer
+        return Recipe(
+            name=self.run_name, output=self.output, seed=self.seed, batch=self.batch,
+            micro_batch=self.micro_batch, gpus_per_node=ranks,
+            optimizer=OptimizerConfig(
+                lr=self.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+            ),
+            train=TrainConfig(precision=self.train.precision, zero_stage=self.train.zero_stage),
+            checkpoint=self.checkpoint, guard=self.guard, track=self.track,
+        )  # fmt: skip
