@@ -44,6 +44,7 @@ class Compiled:
         spills: instructions that store to it or load from it.
         shared: bytes of shared memory of a block.
         mma, wgmma: matrix instructions of a warp, and of a warp group (sm_90).
+        load, store: bytes of the widest access of a thread to memory; 16 is the most there is.
         wants_tensor_cores: what the variant says.
     """
 
@@ -57,6 +58,8 @@ class Compiled:
     shared: int
     mma: int
     wgmma: int
+    load: int
+    store: int
     wants_tensor_cores: bool
 
     def problems(self) -> list[str]:
@@ -101,8 +104,18 @@ def compile_variant(variant: Variant, chip: str) -> Compiled:
         shared=kernel.metadata.shared,
         mma=len(re.findall(r"\bmma\.sync\b", ptx)),
         wgmma=len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
+        load=_widest("ld", ptx),
+        store=_widest("st", ptx),
         wants_tensor_cores=variant.wants_tensor_cores,
     )
+
+
+def _widest(access: str, ptx: str) -> int:
+    """Bytes of the widest load (`ld`, or a copy past the registers) or store (`st`) of global memory."""
+    found = re.findall(rf"\b{access}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bufs](\d+)\b", ptx)
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in found]
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global [^;]*?, 0x([0-9a-f]+)", ptx) if access == "ld" else []
+    return max([*sizes, *(int(size, 16) for size in copies)], default=0)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -133,14 +146,14 @@ def _compile(which: tuple[str, str, int]) -> Compiled:
 def table(compiled: list[Compiled]) -> str:
     """A Markdown table of what was compiled, one row a variant and chip."""
     lines = [
-        "| kernel | chip | warps | stages | registers | stack | spills | shared | mma | wgmma |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | chip | warps | stages | registers | stack | spills | shared | mma | wgmma | load | store |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in compiled:
-        matrix = f"{one.mma or '–'} | {one.wgmma or '–'}"
+        access = f"{one.mma or '–'} | {one.wgmma or '–'} | {one.load} B | {one.store} B"
         lines.append(
             f"| {one.variant} | {one.chip} | {one.warps} | {one.stages} | {one.registers} | {one.stack} "
-            f"| {one.spills} | {one.shared / 1024:.1f} KiB | {matrix} |"
+            f"| {one.spills} | {one.shared / 1024:.1f} KiB | {access} |"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ which keeps its digits when the model is sure (p_l → 1), whatever the precisio
 product as they are and the cosine is divided out of its result, so that no query is rounded a second time.
 
     _pass      one program = a block of queries × a run of the keys ──► Z⁻, max s, Σ s, Σ exp(s/T)·k   (partial)
-    _combine   one program = a few queries: adds the partial sums of all runs; loss, gradient, statistics
+    _combine   one program = a query: adds the partial sums of all runs; loss, gradient, statistics
 
 Since |s| ≤ 1 the constant 1/T will do for the softmax's maximum, and partial sums simply add. The smallest term is then
 exp(−2/T), which float32 holds up to 2/T = 85; for a smaller T the maximum is followed as it goes (ONLINE). Runs are
@@ -155,58 +155,63 @@ def _combine(
     temperature,
     share,
     share_others,
-    ROWS: tl.constexpr,
     D: tl.constexpr,
+    RUNS: tl.constexpr,
     ONLINE: tl.constexpr,
 ):
-    o_rows, o_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
-    m_rows = o_rows < rows
-    label = tl.load(p_labels + o_rows, mask=m_rows, other=0)
-    m_label = m_rows & (label >= 0) & (label < keys)
-    q = _block(p_queries, o_rows.to(tl.int64), o_d, m_rows, width, False, tl.float32)
-    own = _block(p_keys, (o_rows // queries).to(tl.int64) * keys + label, o_d, m_label, width, False, tl.float32)
-    norm = tl.sqrt(tl.sum(q * q, 1))
+    i_row = tl.program_id(0)
+    o_d, o_r = tl.arange(0, D), tl.arange(0, RUNS)
+    m_d = o_d < width
+    label = tl.load(p_labels + i_row)
+    known = (label >= 0) & (label < keys)
+    q = tl.load(p_queries + i_row.to(tl.int64) * width + o_d, mask=m_d, other=0.0).to(tl.float32)
+    p_own = p_keys + ((i_row // queries).to(tl.int64) * keys + label) * width
+    own = tl.load(p_own + o_d, mask=m_d & known, other=0.0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(q * q, 0))
     inverse = 1 / tl.maximum(norm, 1e-12)
-    factor = inverse * scale
-    cosine = tl.sum(q * own, 1) * inverse
+    factor = scale / tl.maximum(norm, 1e-12)
+    cosine = tl.sum(q * own, 0) * inverse
 
-    best, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    for i_run in range(runs):
-        p_run = p_sums + i_run * rows + o_rows
-        best = tl.maximum(best, tl.load(p_run + runs * rows, mask=m_rows, other=0.0))
-        total += tl.load(p_run + 2 * runs * rows, mask=m_rows, other=0.0)
+    # Many runs at a time, so that their loads wait for memory together.
+    best, total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
+    for first in range(0, runs, RUNS):
+        m_r = first + o_r < runs
+        p_run = p_sums + (first + o_r) * rows + i_row
+        best = tl.maximum(best, tl.max(tl.load(p_run + runs * rows, mask=m_r, other=float("-inf")), 0))
+        total += tl.sum(tl.load(p_run + 2 * runs * rows, mask=m_r, other=0.0), 0)
     top = tl.where(best > float("-inf"), best * factor, 0.0) if ONLINE else scale
-    z, mean = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
-    for i_run in range(runs):
-        p_run = p_sums + i_run * rows + o_rows
-        b_z = tl.load(p_run, mask=m_rows, other=1.0)
-        b_mean = _block(p_means, o_rows.to(tl.int64) + i_run * rows, o_d, m_rows, width, False, tl.float32)
+    z, mean = tl.full([], 0.0, tl.float32), tl.zeros([D], tl.float32)
+    for first in range(0, runs, RUNS):
+        m_r = first + o_r < runs
+        p_run = p_sums + (first + o_r) * rows + i_row
+        p_mean = p_means + ((first + o_r).to(tl.int64) * rows + i_row)[:, None] * width + o_d[None, :]
+        b_z = tl.load(p_run, mask=m_r, other=0.0)
+        b_mean = tl.load(p_mean, mask=m_r[:, None] & m_d[None, :], other=0.0)
         if ONLINE:
-            weight = tl.exp2(tl.load(p_run + runs * rows, mask=m_rows, other=0.0) * factor - top)
+            b_best = tl.load(p_run + runs * rows, mask=m_r, other=float("-inf"))
+            weight = tl.exp2(b_best * factor - top)
             b_z, b_mean = b_z * weight, b_mean * weight[:, None]
-        z += b_z
-        mean += b_mean
+        z += tl.sum(b_z, 0)
+        mean += tl.sum(b_mean, 0)
 
     # log(Z⁻/e_l), and from it the loss and 1 − p_l; without any other key both are 0.
     odds = 0.6931471805599453 * (tl.log2(z) + top - cosine * scale)
     loss = tl.maximum(odds, 0.0) + tl.log(1 + tl.exp(-tl.abs(odds)))
     others = 1 / (1 + tl.exp(-odds))
-    direction = others[:, None] * (mean / tl.where(z > 0, z, 1.0)[:, None] - own)
-    along = tl.sum(q * direction, 1) * inverse
+    direction = others * (mean / tl.where(z > 0, z, 1.0) - own)
+    along = tl.sum(q * direction, 0) * inverse
     # A norm under the bound is a constant.
     removed = tl.where(norm < 1e-12, 0.0, along * inverse)
-    grad = (direction - removed[:, None] * q) * (2 * share * inverse)[:, None]
-    p_out = p_grad + o_rows.to(tl.int64)[:, None] * width + o_d[None, :]
-    tl.store(p_out, grad, mask=m_rows[:, None] & (o_d < width)[None, :])
+    grad = (direction - removed * q) * (2 * share * inverse)
+    tl.store(p_grad + i_row.to(tl.int64) * width + o_d, grad, mask=m_d)
 
     # A label that is none: no number, since nobody may stop the device to look.
-    loss = tl.where(m_label, loss, float("nan"))
-    nearest = tl.where(cosine > best * inverse + 1e-5, 1.0, 0.0)
-    tl.store(p_values + o_rows, loss * (2 * temperature * share), mask=m_rows)
-    tl.store(p_values + rows + o_rows, cosine * share, mask=m_rows)
-    tl.store(p_values + 2 * rows + o_rows, (total * inverse - cosine) * share_others, mask=m_rows)
-    tl.store(p_values + 3 * rows + o_rows, (loss - along / temperature) * share, mask=m_rows)
-    tl.store(p_values + 4 * rows + o_rows, nearest * share, mask=m_rows)
+    loss = tl.where(known, loss, float("nan"))
+    tl.store(p_values + i_row, loss * (2 * temperature * share))
+    tl.store(p_values + rows + i_row, cosine * share)
+    tl.store(p_values + 2 * rows + i_row, (total * inverse - cosine) * share_others)
+    tl.store(p_values + 3 * rows + i_row, (loss - along / temperature) * share)
+    tl.store(p_values + 4 * rows + i_row, tl.where(cosine > best * inverse + 1e-5, share, 0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- launching
@@ -254,10 +259,10 @@ def _info_nce(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float)
             **constexprs, FULL=full, ONLINE=online, num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
         row = config("info_nce/combine", "any", chip)
-        _combine[(triton.cdiv(rows, row.blocks["ROWS"]),)](
+        _combine[(rows,)](
             queries, keys, labels, sums, means, values, grad, rows, rows // groups, count, width, runs,
-            scale, temperature, 1 / rows, 1 / (max(count - 1, 1) * rows), ROWS=row.blocks["ROWS"], D=constexprs["D"],
-            ONLINE=online, num_warps=row.num_warps, num_stages=row.num_stages,
+            scale, temperature, 1 / rows, 1 / (max(count - 1, 1) * rows), D=constexprs["D"], **row.blocks, ONLINE=online,
+            num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return values[0].sum(), values[1:].sum(dim=1), grad
 
@@ -351,7 +356,7 @@ def variants(chip: str) -> list[Variant]:
             ))  # fmt: skip
         row = config("info_nce/combine", "any", chip)
         for online in (False, True):
-            constants = {"ROWS": row.blocks["ROWS"], "D": constexprs["D"], "ONLINE": online}
+            constants = {"D": constexprs["D"], **row.blocks, "ONLINE": online}
             signature = {
                 **dict.fromkeys(("p_queries", "p_keys"), f"*{kind}"), "p_labels": "*i64",
                 **dict.fromkeys(("p_sums", "p_means", "p_values", "p_grad"), "*fp32"), "rows": "i32", **counts,

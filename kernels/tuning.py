@@ -123,9 +123,9 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ),
     ("info_nce/pass", "any", "interpreter"): Config({"N": 32, "M": 64, "PROGRAMS": 1}),
     ("info_nce/pass", "fp32 256", "interpreter"): Config({"N": 32, "M": 64, "STEP": 64, "PROGRAMS": 1}),
-    ("info_nce/combine", "any", "sm_80"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
-    ("info_nce/combine", "any", "sm_90"): Config({"ROWS": 4}, num_warps=4, num_stages=2),
-    ("info_nce/combine", "any", "interpreter"): Config({"ROWS": 32}),
+    ("info_nce/combine", "any", "sm_80"): Config({"RUNS": 16}, num_warps=4, num_stages=1),
+    ("info_nce/combine", "any", "sm_90"): Config({"RUNS": 16}, num_warps=4, num_stages=1),
+    ("info_nce/combine", "any", "interpreter"): Config({"RUNS": 2}),
 }
 
 

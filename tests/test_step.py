@@ -110,11 +110,9 @@ def poison(step: Step, name: str, micro_batch: int) -> None:
     """Spoil one micro-batch of the next step."""
     find, spoil = POISONS[name]
     if name == "teacher":
-        # It is called by a method, not as a module, and twice a micro-batch.
+        # Its features of the images come from a method, not from the module, once a micro-batch.
         plain, calls = step.objective.teacher.features, itertools.count()
-        step.objective.teacher.features = lambda x: (
-            spoil(plain(x)) if next(calls) in (2 * micro_batch, 2 * micro_batch + 1) else plain(x)
-        )
+        step.objective.teacher.features = lambda x: spoil(plain(x)) if next(calls) == micro_batch else plain(x)
         return
     calls = itertools.count()
     module = find(step)
@@ -261,13 +259,45 @@ def test_triton_where_it_cannot_compute_is_refused_before_anything_is_built(worl
         build(world, kernels="triton")
 
 
-@pytest.mark.parametrize("kernels", ["triton", "reference"])
-def test_the_recipes_kernels_compute_every_operation(world, kernels, caplog):
-    dispatch._resolve.cache_clear()
-    dispatch._say.cache_clear()
-    with caplog.at_level("INFO", logger="mcf.kernels.dispatch"):
-        outcome = build(world, kernels=kernels)(0, batches(0))
-    assert outcome.applied
-    said = {record.getMessage().partition(":")[0].split()[0]: record.getMessage() for record in caplog.records}
-    assert {"mask", "patch_gather", "token_restore", "feature_loss", "info_nce"} <= said.keys()
-    assert all(f": {kernels} (as asked)" in text for text in said.values()), said
+def test_kernels_and_reference_give_the_same_loss_curve(world, caplog):
+    """Ten steps of the same run, every operation by Triton (its interpreter, without a GPU) and by the reference."""
+
+    def curve(kernels: str, nudge: float = 0.0) -> Tensor:
+        """The loss terms of each micro-batch, float64 [steps, micro-batches, terms]."""
+        step = build(world, kernels=kernels)
+        with torch.no_grad():
+            for parameter in step.engine.module.parameters():
+                parameter.mul_(1 + nudge)
+        outcomes = [step(index, batches(index)) for index in range(10)]
+        assert all(outcome.applied for outcome in outcomes)
+        values = [[[o[name] for name in ("feature", "contrast", "total")] for o in numbers(out)] for out in outcomes]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def apart(curve: Tensor) -> Tensor:
+        return ((curve - reference) / reference).abs().amax((0, 1))
+
+    said = {}
+    for kernels in ("reference", "triton"):
+        # What was said in other tests is said again.
+        dispatch._resolve.cache_clear()
+        dispatch._say.cache_clear()
+        caplog.clear()
+        with caplog.at_level("INFO", logger="mcf.kernels.dispatch"):
+            said[kernels] = (
+                curve(kernels),
+                sorted(r.getMessage() for r in caplog.records if r.name == "mcf.kernels.dispatch"),
+            )
+    operations = ("feature_tap", "info_nce", "mask", "patch_gather", "token_restore")
+    for kernels, (_, lines) in said.items():
+        assert [line.split()[0] for line in lines] == list(operations)
+        assert all(line.endswith(f": {kernels} (as asked)") for line in lines), lines
+
+    reference, ours = said["reference"][0], said["triton"][0]
+    steps = reference[..., 2].mean(dim=1)
+    assert steps[-4:].mean() < 0.93 * steps[:4].mean(), "a curve that does not move shows nothing"
+    # Each operation is held against float64 elsewhere, to a few roundings; here they may go on through ten steps. What
+    # roundings come to in this run shows where all weights start off by one bit: the reference's own curve then moves by
+    # 2e-7 (total) and 5e-6 (contrast). Kernels may differ by as much, and a few times that where processors round
+    # differently.
+    assert (apart(curve("reference", nudge=2**-23)) < torch.tensor([2e-6, 2e-5, 2e-6])).all()
+    assert (apart(ours) < torch.tensor([2e-6, 2e-5, 2e-6])).all(), apart(ours)

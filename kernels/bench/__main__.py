@@ -59,20 +59,25 @@ def run(cases: list[Case], device: torch.device, timed: bool, until: float, out:
     print(f"{machine.device}; torch {machine.torch}, triton {machine.triton or 'not installed'}; {machine.commit}")
     if device.type != "cuda":
         print("No CUDA device: what follows are NOT GPU numbers, and say nothing about the kernels' speed.")
-    limits = timing.ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    print(
-        f"copies {limits.bandwidth / 1e12:.3g} TB/s, multiplies {limits.throughput / 1e12:.3g} TFLOP/s, "
-        f"an empty timing takes {limits.overhead_us:.2g} µs\n"
-    )
+    limits = None
+    if timed:
+        limits = timing.ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        print(
+            f"copies {limits.bandwidth / 1e12:.3g} TB/s, multiplies {limits.throughput / 1e12:.3g} TFLOP/s, "
+            f"an empty timing takes {limits.overhead_us:.2g} µs"
+        )
+    print()
     rows: list[Row] = []
     for case in cases:
         torch._dynamo.reset()  # each shape is compiled for itself, and the compiler counts them as one function's
         for name, function in _functions(case, device, timed).items():
             late = time.monotonic() > until
-            new = _rows(case, name, function, device, timed, limits, "not reached" if late else "")
+            new = _rows(case, name, function, device, limits, "not reached" if late else "")
             rows += new
             # What was not timed has the same to say of each pass.
             print("\n".join(_line(row) for row in (new if new[0].p50_us else new[:1])), flush=True)
+        if out:
+            write_csv(out / "bench.csv", rows, machine)  # what is measured is kept, whatever ends this
     wrong = sorted({f"{row.op} {row.shape} {row.implementation}: {row.note}" for row in rows if _wrong(row)})
     if timed:
         print(f"\n{markdown(rows)}\n\n{_summary(rows, machine)}")
@@ -107,11 +112,10 @@ def _rows(
     name: str,
     function: Function,
     device: torch.device,
-    timed: bool,
-    limits: timing.Ceilings,
+    limits: timing.Ceilings | None,
     note: str,
 ) -> list[Row]:
-    """The rows of one implementation: checked, and timed if it is right."""
+    """The rows of one implementation: checked, and timed if it is right and there are `limits` to hold it against."""
     error: float | None = None
     times: dict[str, timing.Times] = {}
     peak: float | None = None
@@ -121,7 +125,7 @@ def _rows(
             error, note = verdict.error, f"wrong: {verdict.why}" if verdict.why else ""
         if not note and name == "triton" and INTERPRETED:
             note = "right; interpreted, not timed"
-        elif not note and not timed:
+        elif not note and not limits:
             note = "right; not timed"
         elif not note:
             times = timing.measure(case, function, device, PER_FUNCTION_S)
@@ -132,7 +136,7 @@ def _rows(
         note = f"failed: {type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
     rows = []
     for which, work in case.passes().items():
-        floor = work.floor_us(limits.bandwidth, limits.throughput)
+        floor = work.floor_us(limits.bandwidth, limits.throughput) if limits else None
         taken = times.get(which)
         rows.append(
             Row(
@@ -151,7 +155,7 @@ def _rows(
                 bytes=work.bytes,
                 operations=work.operations,
                 floor_us=floor,
-                accept_us=work.accept_us or (work.accept_floor and work.accept_floor * floor),
+                accept_us=work.accept_us or (work.accept_floor * floor if work.accept_floor and floor else None),
             )
         )
     return rows
@@ -196,7 +200,6 @@ def _summary(rows: list[Row], machine: Machine) -> str:
 
 
 def _write(rows: list[Row], machine: Machine, out: Path) -> None:
-    write_csv(out / "bench.csv", rows, machine)
     warning = "" if machine.capability else "**These are not GPU numbers.** "
     where = f"{machine.device}, driver {machine.driver or '–'}, torch {machine.torch}, triton {machine.triton or '–'}"
     head = f"{warning}{where}; commit {machine.commit}, source {machine.source}, {machine.date}."

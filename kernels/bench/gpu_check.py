@@ -28,7 +28,7 @@ ROOT = KERNELS.parent
 MINUTES = 8
 RESERVE_S = 15
 """What is kept of the eight minutes for starting and ending."""
-TESTS_S, SANITIZER_S = 180, 60
+TESTS_S, SANITIZER_S = 160, 70
 """How long the tests may take, and each tool of the sanitizer."""
 VERSIONS = """
 import platform, numpy, pytest, torch, triton

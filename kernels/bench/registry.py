@@ -115,7 +115,7 @@ def cases(sizes: str, dtype: torch.dtype) -> list[Case]:
             _mask(1024, 1024, 256),
         ]  # fmt: skip
     return [
-        _mask(63, 49, 12),
+        _mask(5, 63, 15),
         _patches(5, 56, 14, 4, dtype),
         _patches(3, 64, 16, None, dtype),
         _image_patches(3, 64, 16, None, dtype),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mcf.config import ModelConfig, Recipe
 from mcf.errors import UserError
-from mcf.kernels import feature_loss, info_nce
+from mcf.kernels import InfoNCE, info_nce_statistics
 from mcf.models.decoder import Decoder
 from mcf.models.heads import predictor, projector
 from mcf.models.patches import normalise, patchify, unpatchify
@@ -93,7 +93,7 @@ class Objective(nn.Module):
     """The named loss terms of a micro-batch, and their weighted sum.
 
     Args:
-        recipe: weights of the terms, temperature, axis, precision.
+        recipe: weights of the terms, temperature, axis, precision, kernels.
         teacher: the frozen teacher; None only where loss.feature is 0. In bf16 its matrices are cast, once.
 
     Raises:
@@ -109,6 +109,7 @@ class Objective(nn.Module):
             )
         self.loss = recipe.loss
         self.temperature = recipe.contrast.temperature
+        self.kernels = recipe.kernels
         self.patch_size = recipe.model.patch_size
         self.autocast = recipe.train.precision == "bf16"
         self.teacher = teacher if recipe.loss.feature else None
@@ -131,8 +132,8 @@ class Objective(nn.Module):
 
         Returns:
             "feature" and "pixel" (where their weight is not 0) and "contrast", unweighted; "total", their weighted sum.
-            Detached: "accuracy", the share of queries nearest to their own key; "query_std" and "key_std", about
-            1 for vectors spread evenly over the sphere and 0 for collapse; "positive", mean cosine of a query and its key.
+            Detached: "positive", "negative", "entropy" and "accuracy" of the contrast (`mcf.kernels.InfoNCE`); "query_std"
+            and "key_std", about 1 for vectors spread evenly over the sphere and 0 for collapse.
         """
         terms: dict[str, Tensor] = {}
         if self.teacher is not None:
@@ -140,9 +141,13 @@ class Objective(nn.Module):
         if self.loss.pixel:
             terms["pixel"] = pixel_loss(images, pred, mask, self.patch_size, self.loss.pixel_normalise)
         # Also where its weight is 0: the heads then get gradients of zero, and not none.
-        terms["contrast"] = info_nce(q, keys, labels, self.temperature)
+        terms["contrast"], *statistics = info_nce_statistics(
+            q, keys, labels, self.temperature, implementation=self.kernels
+        )
         terms["total"] = torch.stack([getattr(self.loss, name) * term for name, term in terms.items()]).sum()
-        return {**terms, **_statistics(q, keys, labels)}
+        queries = F.normalize(q.detach().float(), dim=1)
+        spreads = {"query_std": spread(queries), "key_std": spread(keys.detach().float().flatten(0, -2))}
+        return {**terms, **dict(zip(InfoNCE._fields[1:], statistics)), **spreads}
 
     def feature(self, images: Tensor, pred: Tensor) -> Tensor:
         """Feature loss, summed over the taps: the teacher on the pseudo image against the teacher on the image."""
@@ -150,9 +155,7 @@ class Objective(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             with torch.no_grad():
                 targets = self.teacher.features(images)
-            features = self.teacher.features(unpatchify(pred, self.patch_size))
-        losses = [feature_loss(a, b, self.loss.feature_axis) for a, b in zip(features, targets)]
-        return torch.stack(losses).sum()
+            return self.teacher.feature_loss(unpatchify(pred, self.patch_size), targets, self.loss.feature_axis)
 
 
 def pixel_loss(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int, normalised: bool = False) -> Tensor:
@@ -172,20 +175,6 @@ def pixel_loss(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm
             target = (target - mean) / (variance + 1e-6).sqrt()
         weight = mask.to(torch.float32)
         return ((pred.float() - target).square().mean(dim=-1) * weight).sum() / weight.sum().clamp(min=1)
-
-
-@torch.no_grad()
-def _statistics(q: Tensor, keys: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
-        queries, keys = F.normalize(q.detach().float(), dim=1), keys.detach().float()
-        groups = queries.view(-1, *queries.shape) if keys.dim() == 2 else queries.view(len(keys), -1, queries.shape[-1])
-        cosines = (groups @ keys.mT).flatten(0, 1)
-        return {
-            "accuracy": (cosines.argmax(dim=1) == labels).float().mean(),
-            "positive": cosines.gather(1, labels[:, None]).mean(),
-            "query_std": spread(queries),
-            "key_std": spread(keys.flatten(0, -2)),
-        }
 
 
 def spread(vectors: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcf.errors import UserError
+from mcf.kernels import feature_tap
 from mcf.models.vit import VisionTransformer
 
 
@@ -53,6 +54,7 @@ class Teacher(nn.Module):
             resize_positions(vit, image_size)
         self.vit = vit
         self.taps = tuple(taps)
+        self.kernels = kernels
         self.requires_grad_(False)
         self.train()
 
@@ -78,6 +80,26 @@ class Teacher(nn.Module):
         return self.vit.features(images, self.taps)
 
     forward = features
+
+    def feature_loss(self, images: Tensor, targets: Sequence[Tensor], axis: str = "tokens") -> Tensor:
+        """How far the features of images are from others: the feature loss, summed over the taps, a float32 scalar.
+
+        It is taken where the features pass, so that its gradient joins theirs there (`mcf.kernels.feature_tap`).
+
+        Args:
+            images: as of `features`; gradients flow into float images.
+            targets: features of other images, as `features` gives them. They get no gradient.
+            axis: the axis that features are normalised over, "tokens" or "channels".
+        """
+        others, losses = dict(zip(self.taps, targets, strict=True)), []
+
+        def tap(index: int, tokens: Tensor) -> Tensor:
+            tokens, loss = feature_tap(tokens, others[index], axis, implementation=self.kernels)
+            losses.append(loss)
+            return tokens
+
+        self.vit.features(images, self.taps, tap)
+        return torch.stack(losses).sum()
 
 
 def vit_of(

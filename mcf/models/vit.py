@@ -9,6 +9,8 @@ from the image and embedded: a quarter of the work of embedding all and dropping
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -170,12 +172,18 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens)
         return self.norm(tokens)
 
-    def features(self, images: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        """Outputs [B, 1+L, width] of the blocks `taps` (counted from 0), before the final norm; later blocks are skipped."""
+    def features(
+        self, images: Tensor, taps: tuple[int, ...], at_tap: Callable[[int, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Outputs [B, 1+L, width] of the blocks `taps` (counted from 0), before the final norm; later blocks are skipped.
+
+        at_tap is called with the number and the output of each tapped block, and what it returns goes on in its place.
+        """
         tokens, outputs = self.embed(images), {}
         for index, block in enumerate(self.blocks[: max(taps) + 1]):
             tokens = block(tokens)
-            outputs[index] = tokens
+            if index in taps:
+                tokens = outputs[index] = tokens if at_tap is None else at_tap(index, tokens)
         return [outputs[tap] for tap in taps]
 
 

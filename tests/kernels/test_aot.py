@@ -28,7 +28,7 @@ def compiling(*command: str, **environment: str) -> subprocess.CompletedProcess[
 def compiled(**changes) -> aot.Compiled:
     good = {
         "variant": "k", "chip": "sm_90", "warps": 4, "stages": 2, "registers": 200, "stack": 0, "spills": 0,
-        "shared": 1024, "mma": 0, "wgmma": 4, "wants_tensor_cores": True,
+        "shared": 1024, "mma": 0, "wgmma": 4, "load": 16, "store": 16, "wants_tensor_cores": True,
     }  # fmt: skip
     return aot.Compiled(**(good | changes))
 
@@ -112,6 +112,8 @@ def test_what_is_not_fit_is_found(tmp_path):
     for chip in ("sm_80", "sm_90"):
         good, spilling, large, scalar = (found[name, chip] for name in ("good", "spilling", "large", "scalar"))
         assert good["problems"] == [] and good["registers"] < 255
+        # Rows of 64 values lie side by side, and move in pieces of 16 bytes.
+        assert good["load"] == 16 and good["store"] == 16
         assert (good["wgmma"] > 0) == (chip == "sm_90") and (good["mma"] > 0) == (chip == "sm_80")
         assert spilling["stack"] > 0 and spilling["spills"] > 0
         assert f"{spilling['spills']} instructions spill" in spilling["problems"][0]

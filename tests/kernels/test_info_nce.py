@@ -69,7 +69,7 @@ def agree(ours, exact, temperature: float) -> None:
 
 
 # What is even: N and M multiples of every tile or of none, D a power of two or not, the product whole or in steps (256).
-SHAPES = [(64, 256, 64), (63, 197, 64), (100, 1000, 100), (63, 197, 256), (32, 128, 256), (17, 63, 512), (5, 2, 16)]
+SHAPES = [(64, 256, 64), (63, 197, 64), (50, 1000, 100), (63, 197, 256), (32, 128, 256), (17, 63, 512), (5, 2, 16)]
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.02])  # the constant maximum, and the one that is followed
@@ -95,9 +95,9 @@ def test_any_shape_and_temperature():
     hypothesis = pytest.importorskip("hypothesis")
     st, phase = hypothesis.strategies, hypothesis.Phase
 
-    @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, phases=(phase.explicit, phase.generate))
+    @hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=(phase.explicit, phase.generate))
     @hypothesis.given(
-        st.integers(1, 70), st.integers(2, 300), st.integers(4, 300), st.floats(0.015, 2), st.integers(0, 9)
+        st.integers(1, 40), st.integers(2, 300), st.integers(4, 300), st.floats(0.015, 2), st.integers(0, 9)
     )
     def check(rows, count, width, temperature, seed):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,10 +194,10 @@ def test_a_label_that_is_none_is_not_a_number(device):
 
 
 def test_it_is_the_same_every_time_and_no_matter_what_a_row_stands_beside(device):
-    queries, keys, labels = contrast(100, 500, 64, device=device)
+    queries, keys, labels = contrast(40, 500, 64, device=device)
     first, again = run(queries, keys, labels, 0.2), run(queries, keys, labels, 0.2)
     assert torch.equal(torch.stack(first[0]), torch.stack(again[0])) and torch.equal(first[1], again[1])
-    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).to(device)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(device)
     assert torch.equal(run(queries[order], keys, labels[order], 0.2)[1], first[1][order])
 
 
@@ -257,10 +257,10 @@ def test_through_torch_compile_without_breaks(implementation, device):
 
 
 def test_the_operator_is_what_it_says(device):
-    queries, keys, labels = contrast(20, 30, 64, device=device)
+    queries, keys, labels = contrast(6, 30, 64, device=device)
     for temperature in (0.2, 0.02):
         torch.library.opcheck(torch.ops.mcf.info_nce.default, (queries.requires_grad_(), keys, labels, temperature))
-    grouped = contrast(20, 30, 64, groups=2, device=device)
+    grouped = contrast(6, 30, 64, groups=2, device=device)
     torch.library.opcheck(torch.ops.mcf.info_nce.default, (*grouped, 0.2))
 
 

@@ -194,16 +194,16 @@ def test_a_kernel_that_raises_fails_the_benchmark_and_a_baseline_does_not(capsys
 
 
 def test_ids_must_agree_to_the_last(capsys):
-    case = SMALL["mask B=63 L=49 K=12 int64"]
+    case = SMALL["mask B=5 L=63 K=15 int64"]
 
     def other(*arguments):
         keep, restore = case.truth(*arguments)
-        keep[5, 3] += 1
+        keep[3, 3] += 1
         return keep, restore
 
     assert gate.check(case, case.truth, CPU).why == ""
     verdict = gate.check(case, other, CPU)
-    assert "output 0" in verdict.why and verdict.error == pytest.approx(1 / (63 * 12))
+    assert "output 0" in verdict.why and verdict.error == pytest.approx(1 / (5 * 15))
 
 
 def test_the_gate_sees_the_loss_in_the_gradient_of_a_tap():
@@ -385,6 +385,8 @@ def test_plots_are_drawn_from_the_file(tmp_path, capsys):
 
 def test_without_matplotlib_it_says_where_plots_can_be_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "possible", lambda: False)
+    # The machine itself is not measured for nothing: under compute-sanitizer that would take minutes.
+    monkeypatch.setattr(timing, "ceilings", None)
     assert bench.main([f"out={tmp_path}", "op=mask", "sizes=small", "timing=no"]) == 0
     assert "no plots: matplotlib is not installed" in capsys.readouterr().out
     assert bench.main([f"plots={tmp_path / 'bench.csv'}"]) == 2

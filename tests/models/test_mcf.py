@@ -78,6 +78,37 @@ def test_terms_and_their_weights(recipe_with, teacher, images):
     cosines = F.normalize(q, dim=1) @ keys.T
     assert float(terms["accuracy"]) == pytest.approx(float((cosines.argmax(1) == labels).float().mean()))
     assert float(terms["positive"]) == pytest.approx(float(cosines[range(5), labels].mean()), abs=1e-6)
+    others = torch.ones_like(cosines, dtype=torch.bool)
+    others[range(5), labels] = False
+    assert float(terms["negative"]) == pytest.approx(float(cosines[others].mean()), abs=1e-6)
+    p = (cosines / 0.3).softmax(1)
+    assert float(terms["entropy"]) == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=1e-5)
+    assert float(terms["query_std"]) == pytest.approx(float(spread(F.normalize(q, dim=1))))
+    assert float(terms["key_std"]) == pytest.approx(float(spread(keys)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_both_implementations_give_the_same_terms_and_gradients(recipe_with, teacher, images, precision):
+    (keys, labels), (_, _, mask) = keys_for(), inputs()
+    g = torch.Generator().manual_seed(3)
+    start = torch.randn(5, 16, 192, generator=g), torch.randn(5, 8, generator=g)
+    outcomes = {}
+    for kernels_key in ("triton", "reference"):
+        recipe = recipe_with(kernels=kernels_key, train={"precision": precision})
+        teacher.kernels = kernels_key
+        pred, q = (tensor.clone().requires_grad_() for tensor in start)
+        terms = Objective(recipe, teacher)(images, pred, q, keys, labels, mask)
+        terms["total"].backward()
+        outcomes[kernels_key] = {n: t.detach() for n, t in terms.items()}, pred.grad, q.grad
+    # Both compute in float32, whatever the teacher's blocks do between the taps: those round a gradient that differs in
+    # its last bits to bfloat16 now and then the other way, which is 2⁻⁸ of one value.
+    error = 1e-5 if precision == "fp32" else 2e-3
+    (ours, *our_grads), (theirs, *their_grads) = outcomes.values()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+    for a, b in zip(our_grads, their_grads):
+        assert float((a - b).norm()) <= error * float(b.norm())
 
 
 def test_feature_axis_and_taps_matter(recipe_with, teacher, images):
@@ -122,7 +153,7 @@ def test_groups_of_keys(recipe_with, images):
         objective(images[s], pred[s], q[s], keys[i], labels[s], mask[s])
         for i, s in enumerate((slice(0, 2), slice(2, 4)))
     ]
-    for name in ("contrast", "accuracy", "positive"):
+    for name in ("contrast", "accuracy", "positive", "negative", "entropy"):
         torch.testing.assert_close(both[name], (parts[0][name] + parts[1][name]) / 2)
 
 

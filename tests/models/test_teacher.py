@@ -45,6 +45,33 @@ def test_gradients_flow_into_a_pseudo_image_and_not_into_weights(images):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("axis, dim", [("tokens", 1), ("channels", 2)])
+def test_feature_loss_is_the_taps_sum_and_so_is_its_gradient(images, axis, dim, kernels):
+    teacher = Teacher(state(), heads=2, taps=(0, 1, 2), kernels=kernels)
+    pseudo = (normalise(images) + 0.3 * torch.randn(images.permute(0, 3, 1, 2).shape)).requires_grad_()
+    targets = [f.detach() for f in teacher.features(images)]
+    loss = teacher.feature_loss(pseudo, targets, axis)
+    loss.backward()
+    ours, pseudo.grad = pseudo.grad, None
+    pairs = zip(teacher.features(pseudo), targets)
+    expected = sum((F.normalize(a, dim=dim) - F.normalize(b, dim=dim)).square().mean() for a, b in pairs)
+    expected.backward()
+    # The same float32 sums in another order, through three blocks.
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, pseudo.grad, rtol=0, atol=1e-5 * float(ours.abs().max()))
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_what_a_tap_returns_goes_on(images):
+    teacher = Teacher(state(depth=4), heads=2, taps=(1, 3))
+    seen = []
+    outputs = teacher.vit.features(images, teacher.taps, lambda index, tokens: seen.append(index) or tokens + index)
+    plain = teacher.features(images)
+    # The second output has seen the first one's change.
+    assert seen == [1, 3] and torch.equal(outputs[0], plain[0] + 1) and not torch.allclose(outputs[1], plain[1] + 3)
+
+
 def test_matrices_cast_once_give_the_bits_of_autocast(images):
     plain, cast = Teacher(state(), heads=2, taps=(2,)), Teacher(state(), heads=2, taps=(2,)).to_autocast(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -7,7 +7,7 @@ import torch
 
 from mcf import kernels
 from mcf.models.decoder import Decoder
-from mcf.models.patches import normalise, patchify, unpatchify
+from mcf.models.patches import MEAN, STD, normalise, patchify, unpatchify
 from mcf.models.vit import Block, VisionTransformer, sincos_positions
 
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 3}
@@ -99,6 +99,18 @@ def test_patch_projection_on_a_row_of_patches_is_the_convolution(images):
     ids, _ = kernels.mask(3, torch.arange(5), 0, 16, 7)
     picked = torch.stack([row[i] for row, i in zip(whole, ids)])
     torch.testing.assert_close(vit.patch_embed(images, ids), picked, rtol=0, atol=2e-6)
+
+
+def test_patches_of_autocast_are_those_it_would_have_cast(images):
+    embed = VisionTransformer(**SHAPE).patch_embed
+    ids, _ = kernels.mask(3, torch.arange(5), 0, 16, 7)
+    pseudo = normalise(images).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        for pixels, wanted in ((images, ids), (images, None), (pseudo, None)):
+            cast_there = embed.proj(kernels.patch_gather(pixels, wanted, 8, MEAN, STD))
+            assert torch.equal(embed(pixels, wanted), cast_there) and cast_there.dtype == torch.bfloat16
+        embed(pseudo).float().square().sum().backward()
+    assert pseudo.grad.dtype == torch.float32 and pseudo.grad.isfinite().all() and pseudo.grad.any()
 
 
 def test_features_are_outputs_of_the_named_blocks(images):
