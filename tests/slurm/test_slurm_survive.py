@@ -106,8 +106,8 @@ def test_a_node_that_is_lost_while_its_processes_live_on(site, unbroken):
 
     One node with both ranks: no other node's end would end them.
     """
-    job = site.submit("lost", "nodes=1", "gpus_per_node=2", pace=1)
-    site.wait_for_step("lost", 6)
+    job = site.submit("lost", "nodes=1", "gpus_per_node=2", pace=5)
+    site.wait_for_step("lost", 3)
     node = site.cluster.job(job)["NodeList"]
     former = [psutil.Process(status["child"]) for status in site.statuses("lost")]
     site.cluster.kill(node)
