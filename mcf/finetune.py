@@ -144,8 +144,8 @@ class Finetuning:
                 "finished" if finished else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off"
             )
             tracker.close("finished" if finished else "stopped")
-        told = not finished and distributed.any_rank(stop.received)
-        self.interrupted = told and not distributed.any_rank(stop.for_good)
+        asked = not finished and distributed.any_rank(stop.received)
+        self.interrupted = asked and not distributed.any_rank(stop.for_good)
         return finished
 
     def step(self, batches) -> tuple[dict[str, torch.Tensor], list[str]]:
