@@ -33,6 +33,7 @@ from mcf.downstream.parsing import Parsing
 from mcf.downstream.scores import Scores, choose, is_better
 from mcf.engine import Engine
 from mcf.errors import UserError
+from mcf.exits import SAVED
 from mcf.guard import Guard
 from mcf.state import fingerprint
 from mcf.stop import StopSignal
@@ -49,6 +50,7 @@ class Finetuning:
 
     def __init__(self, config: FinetuneConfig, run_dir: Path, world: distributed.World):
         self.config, self.run_dir, self.world = config, run_dir, world
+        self.interrupted = False
         self.set = open_faces(config.task, config.dataset, config.data)
         self.train, self.validation = chosen_faces(self.set.train, config)
         self.epochs = config.train.epochs or self.set.epochs
@@ -133,6 +135,8 @@ class Finetuning:
                     since = time.monotonic()
                 if stopping or progress.step % config.checkpoint.every == 0:
                     self.save(tracker, raises=stopping)
+                if stopping:
+                    break
             finished = progress.step >= self.steps
             if finished:
                 self.finish(tracker)
@@ -140,6 +144,8 @@ class Finetuning:
                 "finished" if finished else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off"
             )
             tracker.close("finished" if finished else "stopped")
+        asked = not finished and distributed.any_rank(stop.received)
+        self.interrupted = asked and not distributed.any_rank(stop.for_good)
         return finished
 
     def step(self, batches) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -286,7 +292,7 @@ def shares(config: FinetuneConfig, ranks: int) -> tuple[int, int]:
 
 @cli.main
 def main(argv: list[str] | None = None) -> int:
-    """The verb, and what every rank of it runs."""
+    """The verb, and what every rank of it runs. Exit status SAVED: told to stop, saved, and to be started again."""
     config = cli.parse(FinetuneConfig, sys.argv[1:] if argv is None else argv, verb="finetune")
     config = config.model_copy(update={"name": config.run_name})
     run_dir = Path(config.output) / config.run_name
@@ -303,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         run.steps, time.monotonic() - started,
     )  # fmt: skip
     distributed.leave()
-    return 0
+    return SAVED if run.interrupted else 0
 
 
 if __name__ == "__main__":

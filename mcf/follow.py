@@ -86,7 +86,7 @@ def follow_slurm(job: str, run_dir: Path) -> int:
                 if time.monotonic() - asked > ASK:
                     asked = time.monotonic()
                     try:
-                        now = slurm.state(job)
+                        now = slurm.standing(job)
                     except slurm.NoAnswer as error:
                         now = f"not known, Slurm does not answer: {error}"
                     if now != shown:

@@ -30,10 +30,19 @@ def state(job: str) -> str:
 
     Raises NoAnswer.
     """
-    done = _run("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    return standing(job).partition(" ")[0]
+
+
+def standing(job: str) -> str:
+    """The state, and why the job waits or where it runs: "pending (Priority)", "running n[1-2]"; "" if it is over.
+
+    Raises NoAnswer.
+    """
+    done = _run("squeue", "--noheader", f"--jobs={job}", "--format=%T %R")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise NoAnswer(_last_line(done.stderr))
-    return done.stdout.strip().lower()
+    state, _, more = done.stdout.strip().partition(" ")
+    return f"{state.lower()} {more}".strip()
 
 
 def show(job: str) -> dict[str, str]:

@@ -91,8 +91,8 @@ ARROWS = {
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
     "mcf.finetune": {
-        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.guard", "mcf.state",
-        "mcf.stop", "mcf.track",
+        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.exits", "mcf.guard",
+        "mcf.state", "mcf.stop", "mcf.track",
     },
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},

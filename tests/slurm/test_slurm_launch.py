@@ -74,7 +74,7 @@ def test_followed_to_the_end(site):
     done = site.launch("followed", "nodes=1", "train.steps=6", "follow=true")
     assert (done.returncode, done.stderr) == (0, "")
     job = site.job_of("followed")
-    assert f"job {job}: running\n" in done.stdout
+    assert re.search(rf"^job {job}: running n[1-4]$", done.stdout, re.MULTILINE)
     assert re.search(r"^step 6/6 100\.0%  loss ", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1].startswith("ended after")
     # And again, when all is over.

@@ -1,12 +1,19 @@
 """The batch scripts in slurm/: plain sbatch, without the launcher."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import cluster as slurm
 import pytest
+import tiny
 from runs import require_slurm
+
+from mcf.data.shards import load_manifest
+from mcf.track.jsonl import read
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -55,3 +62,55 @@ def test_pretraining_by_sbatch_is_the_same_run(site, unbroken):
     assert len(site.starts("script")) == 2
     assert f'"mcf": "{site.runs}/script/code/mcf/__init__.py"' in (site.runs / "script/keys-1.jsonl").read_text()
     assert f"{site.runs / 'script'}; follow it with: " in (site.folder / f"slurm-{job}.out").read_text()
+
+
+@pytest.mark.slurm
+def test_packing_by_a_job_array(site):
+    images = site.folder / "images"
+    images.mkdir()
+    for i in range(60):
+        (images / f"{i:02d}.jpg").write_bytes(tiny.jpeg(i))
+    command = ["sbatch", "--array=0-2", "--cpus-per-task=1", "--time=5", str(ROOT / "slurm/pack.sh")]
+    command += ["source=images", "out=packed", "shard_samples=10"]
+    done = site.cluster.attempt(*command, cwd=site.folder, env=site.environment(0))
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"batch job (\d+)", done.stdout)[1]
+    logs = [site.folder / f"slurm-{job}_{task}.out" for task in range(3)]
+    slurm.wait_for(lambda: not site.cluster.run("squeue", "--noheader", f"--jobs={job}"), "end of the array", 240)
+    said = [log.read_text() for log in logs]
+    manifest = load_manifest(str(site.folder / "packed"))
+    assert (manifest.samples, len(manifest.counts)) == (60, 6), said
+    # Each task packed its share: the same command in one process writes the same bytes.
+    done = site.cluster.attempt(
+        sys.executable, "-m", "mcf.pack", "source=images", "out=alone", "shard_samples=10", "workers=1", cwd=site.folder
+    )
+    assert done.returncode == 0, done.stderr
+    for shard in sorted((site.folder / "alone").glob("*.tar")):
+        assert shard.read_bytes() == (site.folder / "packed" / shard.name).read_bytes()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_finetuning_goes_on_after_a_warning(site, unbroken):
+    faces = site.cluster.attempt(
+        sys.executable, "-m", "mcf.data.faces", "out=faces", "count=20", "size=64", "workers=1", cwd=site.folder
+    )
+    assert faces.returncode == 0, faces.stderr
+    keys = [
+        "task=alignment", "dataset=faces", "data=faces", f"weights=runs/{unbroken}", "name=tuned", "batch=4", "micro_batch=4",
+        "warp_size=48", "input_size=32", "head.channels=8", "head.pools=[1,2]", "heatmap.size=16", "heatmap.radius=3",
+        "track.mlflow=off", "train.epochs=6", "train.log_every=1", "train.readers=1", "pictures=0", "evaluate_every=6",
+        "checkpoint.every=1000",
+    ]  # fmt: skip
+    command = ["sbatch", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", str(ROOT / "slurm/finetune.sh"), *keys]
+    done = site.cluster.attempt(*command, cwd=site.folder, env=site.environment(0.5))
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"batch job (\d+)", done.stdout)[1]
+    site.wait_for_step("tuned", 4)
+    site.cluster.run("scancel", "--signal=USR2", job)
+    site.wait_for_end("tuned", job)
+    assert site.cluster.job(job)["Restarts"] == "1"
+    (stopped,), (resumed,) = site.events("tuned", "stopped"), site.events("tuned", "resumed")
+    assert stopped["step"] == resumed["step"] < 24
+    assert [r["step"] for r in read(site.runs / "tuned/metrics.jsonl") if "loss/total" in r] == list(range(1, 25))
+    assert json.loads((site.runs / "tuned/metrics.json").read_text())["history"]

@@ -106,8 +106,8 @@ def test_a_node_that_is_lost_while_its_processes_live_on(site, unbroken):
 
     One node with both ranks: no other node's end would end them.
     """
-    job = site.submit("lost", "nodes=1", "gpus_per_node=2", pace=1)
-    site.wait_for_step("lost", 6)
+    job = site.submit("lost", "nodes=1", "gpus_per_node=2", pace=5)
+    site.wait_for_step("lost", 3)
     node = site.cluster.job(job)["NodeList"]
     former = [psutil.Process(status["child"]) for status in site.statuses("lost")]
     site.cluster.kill(node)
@@ -138,18 +138,18 @@ def test_a_lost_node_of_two(site, unbroken):
 
 def test_a_controller_that_dies_and_comes_back(site, unbroken):
     """The run goes on without it; told to stop meanwhile, it saves and waits until it can go back to the queue."""
-    job = site.submit("controller", "nodes=2", "checkpoint.every=1000", pace=PACE)
+    job = site.submit("controller", "nodes=2", "checkpoint.every=1000", pace=1)
     site.wait_for_step("controller", 4)
     site.cluster.kill("slurmctld")
     try:
         site.wait_for_step("controller", 8)
+        for status in site.statuses("controller"):
+            os.kill(status["watcher"], signal.SIGUSR2)
+        slurm.wait_for(lambda: "Slurm does not answer" in site.said("controller"), "a job that waits for Slurm", 120)
         # A second launch does not take silence for death.
         second = site.launch("controller", "nodes=2")
         assert second.returncode == 2
         assert f"whether Slurm job {job} of this run lives is not known" in second.stderr
-        for status in site.statuses("controller"):
-            os.kill(status["watcher"], signal.SIGUSR2)
-        slurm.wait_for(lambda: "Slurm does not answer" in site.said("controller"), "a job that waits for Slurm", 120)
     finally:
         site.cluster.start("slurmctld")
     site.wait_for_end("controller", job)

@@ -2,7 +2,7 @@
 
 The real trainer takes milliseconds a step of a tiny model: too fast to be interrupted at a known place. Here each step
 ends with a pause of MCF_TEST_PACE seconds, and the keys of its samples are written to RUN/keys-RANK.jsonl. With
-MCF_TEST_DIES in the environment it does not even begin.
+MCF_TEST_DIES in the environment it does not even begin. Steps of mcf.finetune are paced alike.
 """
 
 import os
@@ -32,3 +32,15 @@ elif "mcf.train" in sys.orig_argv and "MCF_TEST_PACE" in os.environ:
         return outcome
 
     Step.__call__ = _paced
+elif "mcf.finetune" in sys.orig_argv and "MCF_TEST_PACE" in os.environ:
+    import time
+
+    from mcf.engine import Engine
+
+    _engine_step = Engine.step
+
+    def _paced_step(self, *arguments, **more):
+        time.sleep(float(os.environ["MCF_TEST_PACE"]))
+        return _engine_step(self, *arguments, **more)
+
+    Engine.step = _paced_step
