@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path):
     "change",
     [
         {"gpus_per_node": 2, "micro_batch": 2},
-        {"train__zero_stage": 3, "train__stop_after": 3},
+        {"train__zero_stage": 3, "train__stop_after": 3, "machine": "h200"},
         {"data__path": "elsewhere", "data__prefetch": 7},
         {"checkpoint__every": 1, "checkpoint__keep": 9, "guard__max_bad_steps": 1, "track__mlflow": "http://x"},
     ],

@@ -88,3 +88,34 @@ def test_restore_takes_parameters_and_buffers_back(pair, images):
         branch.restore()
         after = branch.state_dict()
         assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_pieces_move_as_the_whole_does(pair, rank):
+    """Three ranks, which divide hardly any size here; gathering them is tested in tests/test_stages.py."""
+    student, whole = pair
+    split = copy.deepcopy(whole)
+    split.split(rank, 3)
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        length = -(-tensor.numel() // 3)
+        padded = torch.cat([tensor.detach().flatten(), torch.zeros(3 * length - tensor.numel())])
+        return padded[rank * length :][:length]
+
+    pieces = {name: cut(parameter) for name, parameter in student.named_parameters()}
+    for branch in (whole, split):
+        branch.snapshot()
+    before = {name: parameter.clone() for name, parameter in split.named_parameters()}
+    for m in (0.9, 0.5):
+        whole.update(dict(student.named_parameters()), m)
+        split.update(pieces, m)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(split.get_parameter(name), cut(parameter)), name
+    split.restore()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in split.named_parameters())
+
+    split.load_full_state_dict(whole.state_dict())
+    assert all(torch.equal(split.get_parameter(name), cut(parameter)) for name, parameter in whole.named_parameters())
+    wrong = whole.state_dict() | {"projector.0.weight": torch.zeros(3, 3)}
+    with pytest.raises(RuntimeError, match=r"shape \[3, 3\] for a parameter of shape"):
+        split.load_full_state_dict(wrong)
