@@ -165,7 +165,15 @@ class OptimizerConfig(Section):
 class DataConfig(Section):
     """The shards and the order in which they are read."""
 
-    path: str | None = Field(None, description="folder that mcf.pack wrote (shards, index, manifest.json)")
+    path: str | None = Field(
+        None, description="folder that mcf.pack wrote (shards, index, manifest.json), or its URL (s3://, gs://, http:// …)"
+    )  # fmt: skip
+    stage: str | None = Field(
+        None, description="folder on each node's local disk that shards are copied to ahead of use; default: none are"
+    )
+    stage_gb: float = Field(
+        100.0, gt=0, description="most that the copies of a node may take, GB, shared by its ranks; what was read goes"
+    )  # fmt: skip
     samples: Positive | None = Field(
         None,
         description="samples of an epoch, for plans made where the folder is not; where it is, its manifest counts",

@@ -83,6 +83,7 @@ class Training:
             device=world.device,
             start=self.progress.samples_seen,
             threads=world.cores,
+            local_ranks=world.local_size,
             manifest=self.manifest,
         )
 

@@ -15,4 +15,5 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
+export OMP_NUM_THREADS=1 # a process a core; none needs threads of its own
 exec python -u -m mcf.pack workers="$SLURM_CPUS_PER_TASK" "$@"

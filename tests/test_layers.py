@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Heavy package → the only modules that may import it.
 DOORS = {
     "deepspeed": {"mcf.engine"},
+    "fsspec": {"mcf.data.storage"},
     "nvidia": {"mcf.data.dali"},
     "mlflow": {"mcf.track.mlflow"},
     "submitit": {"mcf.launch", "mcf.submit"},
@@ -99,8 +100,8 @@ ARROWS = {
     "mcf.export": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.plan",
-        "mcf.step", "mcf.weights",
+        "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
+        "mcf.plan", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip
 NEVER = {"torchvision", "timm"}

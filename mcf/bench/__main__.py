@@ -1,4 +1,4 @@
-"""`python -m mcf.bench part=loader|step key=value …`: hands over to the part's module, which has its own keys."""
+"""`python -m mcf.bench part=loader|pack|step key=value …`: hands over to the part's module, which has its own keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import sys
 from mcf import cli
 from mcf.errors import UserError
 
-PARTS = {"loader": "images/s of the data's way, beside plain loops", "step": "images/s of the training step"}
+PARTS = {
+    "loader": "images/s of the data's way, beside plain loops",
+    "pack": "images/s of cutting faces out of tars",
+    "step": "images/s of the training step",
+}
 
 
 @cli.main

@@ -4,6 +4,7 @@
     beside a step   the same while a pretended training step takes its images at `train_rate`: how long that waits
     DALI            DALI and torch over JPEGs that lie in memory: decode, mirror, resize; no order, no files, no thread ahead
     Pillow          decode and resize of the same JPEGs in as many threads
+    with rivals     DALI's webdataset reader, webdataset and loose files in torch's DataLoader (mcf.bench.rivals)
 
 The rows take turns, several rounds each, so that a busy machine is busy for all of them; images per second of CPU time
 hardly depend on its neighbours. Before the timing, the loader's pictures are held against Pillow's.
@@ -15,6 +16,7 @@ import io
 import json
 import platform
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +25,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from pydantic import Field
 
 from mcf import cli
+from mcf.bench.rivals import rivals
 from mcf.config import DataConfig, Positive, Section
 from mcf.data.dali import Decoder, Undecodable
 from mcf.data.loader import Loader
@@ -49,6 +53,8 @@ class LoaderBench(Section):
     train_rate: float = Field(1000.0, gt=0, description="images/s of the pretended training step")
     rounds: Positive = Field(5, description="rounds of each row")
     seconds: float = Field(2.0, gt=0, description="length of a round, seconds")
+    prefetch: Positive = Field(3, description="micro-batches decoded ahead")
+    rivals: bool = Field(False, description="also time DALI's webdataset reader, webdataset and loose files in torch")
     json_file: str | None = Field(None, description="file that also gets the numbers")
 
 
@@ -74,6 +80,7 @@ def measure(config: LoaderBench) -> dict[str, Any]:
         window=config.window,
         threads=config.threads,
         decoder=config.decoder,
+        prefetch=config.prefetch,
     )
     loader = Loader(
         data,
@@ -102,13 +109,19 @@ def measure(config: LoaderBench) -> dict[str, Any]:
         "DALI": lambda: _plain_dali(decoder, jpegs),
         "Pillow": lambda: _pillow(jpegs, config.image_size, loader.threads),
     }
-    wall: dict[str, list[float]] = {name: [] for name in rows}
-    cpu: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(config.rounds):
-        for name, run in rows.items():
-            rate, per_cpu = _rate(run(), config.seconds, data.prefetch if name in waited else 0)
-            wall[name].append(rate)
-            cpu[name].append(per_cpu)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.rivals:
+            sizes = {"batch": config.micro_batch, "side": config.image_size, "threads": loader.threads}
+            rows |= rivals(loader.manifest, Path(folder), device=device, **sizes)
+        wall: dict[str, list[float]] = {name: [] for name in rows}
+        cpu: dict[str, list[float]] = {name: [] for name in rows}
+        for _ in range(config.rounds):
+            for name, run in rows.items():
+                # What rivals' processes have made ahead while others were timed is taken before the clock runs.
+                ahead = data.prefetch if name in waited else 4 * loader.threads if name not in ("DALI", "Pillow") else 0
+                rate, per_cpu = _rate(run(), config.seconds, ahead)
+                wall[name].append(rate)
+                cpu[name].append(per_cpu)
     loader.close()
     return {
         "rows": [
@@ -132,11 +145,11 @@ def measure(config: LoaderBench) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [f"{'':14} {'images/s':>9} {'p20':>7} {'p80':>7} {'images/CPU s':>13} {'waits':>7}"]
+    lines = [f"{'':19} {'images/s':>9} {'p20':>7} {'p80':>7} {'images/CPU s':>13} {'waits':>7}"]
     for row in report["rows"]:
         wait = "" if row["wait_share"] is None else f"{row['wait_share']:.1%}"
         p20, p50, p80 = row["images_per_s"]
-        lines.append(f"{row['name']:14} {p50:9.0f} {p20:7.0f} {p80:7.0f} {row['images_per_cpu_s'][1]:13.0f} {wait:>7}")
+        lines.append(f"{row['name']:19} {p50:9.0f} {p20:7.0f} {p80:7.0f} {row['images_per_cpu_s'][1]:13.0f} {wait:>7}")
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     lines += [
         f"first batch {report['first_batch_s']:.2f} s; a bad image costs {report['bad_image_s'] * 1e3:.0f} ms once; "
@@ -148,17 +161,23 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _rate(counts: Iterator[int], seconds: float, ahead: int) -> tuple[float, float]:
-    """Images per second, and per second of CPU time of this process, of a loop that yields how many it made.
+    """Images per second, and per second of CPU time (worker processes included), of a loop that yields how many it made.
 
     ahead: batches that may lie ready from before; they are taken before the clock runs.
     """
     for _ in range(ahead + 1):
         next(counts)
-    began, cpu_began, images = time.perf_counter(), time.process_time(), 0
-    while (now := time.perf_counter()) < began + seconds:
+    began, cpu_began, images = time.perf_counter(), _cpu_seconds(), 0
+    while time.perf_counter() < began + seconds:
         images += next(counts)
     now = time.perf_counter()
-    return images / (now - began), images / (time.process_time() - cpu_began)
+    return images / (now - began), images / max(_cpu_seconds() - cpu_began, 1e-9)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of the worker processes that live now."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return time.process_time() + sum(t.user + t.system for t in times)
 
 
 def _loader(loader: Loader, batches, waited: list[float], train_rate: float | None = None) -> Iterator[int]:

@@ -70,7 +70,7 @@ class Decoder:
             raise UserError(f"data.decoder=mixed needs a GPU, and this rank has none ({device}); use auto or cpu")
         self.image_size, self.batch, self.device, self.threads = image_size, batch, device, threads
         self._mixed = device.type == "cuda" and decoder != "cpu"
-        self._dali = _import_dali()
+        self._dali = import_dali()
         self._pipeline: Any = None
 
     def decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
@@ -194,7 +194,7 @@ class RegionDecoder:
 
     def __init__(self, batch: int, threads: int = 1):
         self.batch, self.threads = batch, threads
-        self._dali = _import_dali()
+        self._dali = import_dali()
         self._pipeline: Any = None
 
     def decode(
@@ -250,7 +250,7 @@ class RegionDecoder:
         return pipe
 
 
-def _import_dali():
+def import_dali():
     """(fn, types, Pipeline, feed_ndarray), imported where a loader is made and not before."""
     # Without a driver the codecs report every GPU library they cannot open; a decode that fails is raised, not logged.
     os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "0")

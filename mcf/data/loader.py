@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from mcf.data.dali import Decoder, Undecodable
 from mcf.data.order import Order
 from mcf.data.reader import PAUSES, Reader, Sample, Stored
 from mcf.data.shards import Manifest, load_manifest
+from mcf.data.staging import Stage
 from mcf.errors import UserError
 from mcf.kernels import FLIP, uniform
 
@@ -72,7 +74,7 @@ class Loader:
 
     threads: decoder threads where data.threads is not set; default: the cores this process may run on, shared with
     the other ranks of the machine as LOCAL_WORLD_SIZE counts them. manifest: that of data.path, where rank 0 has read it
-    for all; it is read here if None.
+    for all; it is read here if None. local_ranks: ranks of this machine, which share data.stage_gb.
 
     Raises UserError for a folder that is not what it should be, for numbers that do not fit each other, and, out of
     `next()`, when the share of bad samples (distinct ones, of those this iteration has seen, at least 100) is over
@@ -94,6 +96,7 @@ class Loader:
         threads: int | None = None,
         pauses: tuple[float, ...] = PAUSES,
         manifest: Manifest | None = None,
+        local_ranks: int = 1,
     ):
         if data.path is None:
             raise UserError("data.path is not set; give the folder that mcf.pack wrote: data.path=FOLDER")
@@ -108,7 +111,7 @@ class Loader:
         self.image_size, self.rank, self.world_size, self.start = image_size, rank, world_size, start
         self.device = torch.device(device)
         self.threads = data.threads or threads or _share_of_cores()
-        self.pauses = pauses
+        self.pauses, self.local_ranks = pauses, local_ranks
         # Made here, so that a package or a GPU that is missing is told at once, and so that DALI, which cleans up when
         # the interpreter exits, does so after the thread has ended (what was registered last goes first).
         self.decoder = Decoder(image_size, micro_batch, device=self.device, decoder=data.decoder, threads=self.threads)
@@ -127,6 +130,21 @@ class Loader:
         while not self._bad.empty():
             found.append(self._bad.get())
         return found
+
+    def stage(self) -> Stage | None:
+        """Begin to copy the shards of an iteration ahead, if the recipe wants that."""
+        if self.data.stage is None:
+            return None
+        return Stage(
+            self.manifest,
+            self.manifest.storage,
+            self.order,
+            folder=Path(self.data.stage),
+            budget=int(self.data.stage_gb * 1e9) // self.local_ranks,
+            rank=self.rank,
+            world_size=self.world_size,
+            start=self.start,
+        )
 
     def close(self) -> None:
         """End the threads of the running iteration."""
@@ -186,8 +204,9 @@ class _Producer:
 
     def _run(self) -> None:
         loader = self.loader
-        reader = None
+        reader = stage = None
         try:
+            stage = loader.stage()
             reader = Reader(
                 loader.manifest,
                 loader.order,
@@ -196,6 +215,7 @@ class _Producer:
                 start=loader.start,
                 ahead=_AHEAD * loader.micro_batch,
                 pauses=loader.pauses,
+                stage=stage,
             )
             if loader.device.type == "cuda":
                 torch.cuda.set_device(loader.device)
@@ -206,6 +226,8 @@ class _Producer:
         finally:
             if reader is not None:
                 reader.close()
+            if stage is not None:
+                stage.close()
             self.decoder.close()
 
     def _put(self, item: Batch | BaseException) -> None:

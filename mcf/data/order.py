@@ -13,6 +13,7 @@ the numbers that a Generator makes of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -103,6 +104,10 @@ class Order:
         permutation = _permutation(stop - start, self.seed, epoch, _WINDOW, stream, index)
         first = stream * self.span + start
         return Window(tuple(self._segments(epoch, first, first + stop - start)), permutation)
+
+    def segments(self, epoch: int, stream: int) -> Iterator[Segment]:
+        """The runs of rows that a stream reads in an epoch, in their order."""
+        return self._segments(epoch, stream * self.span, (stream + 1) * self.span)
 
     def locate(self, position: int) -> Location:
         """Where the sample of one position lies."""

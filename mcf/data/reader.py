@@ -11,25 +11,29 @@ after that its samples are taken as bad: named, with the reason, and left to the
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mcf.data.order import Order, Segment
 from mcf.data.shards import Manifest, index_path
+from mcf.data.staging import Stage
+from mcf.data.storage import EndsEarly
 
 log = logging.getLogger(__name__)
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds before each further try of a failed read
 _SLOW = 10.0  # seconds of waiting for one window after which that is said, again and again
+_FEW = 6  # stand-ins that are looked for behind a URL
 _THREADS = 4  # reads in flight a rank: enough to hide the latency of a network file system
 
 
@@ -52,15 +56,13 @@ class Sample(NamedTuple):
 
 
 class ShardFiles:
-    """All access to files: the one class to change for other storage. Safe to use from several threads.
+    """All access to files: from their storage, or from staged copies. Safe to use from several threads."""
 
-    A file is opened for each read and closed after it: one open a window is nothing, and no handle outlives a
-    fail-over of the storage.
-    """
-
-    def __init__(self, manifest: Manifest, pauses: tuple[float, ...] = PAUSES):
+    def __init__(self, manifest: Manifest, pauses: tuple[float, ...] = PAUSES, stage: Stage | None = None):
         self.manifest = manifest
         self.pauses = pauses
+        self.stage = stage
+        self.storage = manifest.storage
         self.closing = threading.Event()  # set: no more waiting between tries
         self._header = lru_cache(maxsize=4096)(self._read_header)
 
@@ -80,17 +82,21 @@ class ShardFiles:
         if start < 0 or index["size"].min() < 0 or size > self.manifest.shards[segment.shard].bytes:
             return [Stored(segment.shard, r, k, None, f"index of {name}: damaged") for r, k in zip(rows, keys)]
         try:
-            content = self._again(lambda: self._bytes(self.manifest.path / name, start, size), pauses)
+            content = self._again(lambda: self._bytes(segment.shard, name, start, size), pauses)
         except OSError as error:
-            if segment.rows > 1:  # one sector or the tail of the file may be gone: only what lies there is bad
+            if segment.rows > 1 and self._in_part(error):
                 return [self.read(Segment(segment.shard, row, 1), retry=False)[0] for row in rows]
-            return [Stored(segment.shard, segment.first, keys[0], None, f"{name}: {_text(error)}")]
+            return [Stored(segment.shard, row, key, None, f"{name}: {_text(error)}") for row, key in zip(rows, keys)]
         result = []
         for row, key, offset, length in zip(rows, keys, index["offset"] - start, index["size"]):
             # A copy, so that the window's buffer goes and a sample's bytes go when the sample is taken.
             jpeg = np.frombuffer(content, np.uint8, int(length), int(offset)).copy()
             result.append(Stored(segment.shard, row, key, jpeg))
         return result
+
+    def _in_part(self, error: OSError) -> bool:
+        """Whether only some rows may be lost: one sector, or the tail of the file. A server fails as a whole."""
+        return isinstance(error, EndsEarly) or not (self.manifest.url or isinstance(error, FileNotFoundError))
 
     def _again(self, read, pauses: tuple[float, ...]):
         try:
@@ -108,34 +114,34 @@ class ShardFiles:
         if rows != expected or not {"offset", "size", "key"} <= set(dtype.names or ()):
             raise ValueError(f"{rows} rows of {dtype}, the manifest says {expected} samples")
         start, size = data + segment.first * dtype.itemsize, segment.rows * dtype.itemsize
-        return np.frombuffer(self._bytes(self._index_path(segment.shard), start, size), dtype)
+        return np.frombuffer(self._bytes(segment.shard, self._index_name(segment.shard), start, size), dtype)
 
     def _read_header(self, shard: int) -> tuple[np.dtype, int, int]:
         """dtype, offset of the first row in the file, and number of rows."""
-        with self._index_path(shard).open("rb") as file:
-            major, _ = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-            return dtype, file.tell(), shape[0] if shape else 0
+        name = self._index_name(shard)
+        major, _ = np.lib.format.read_magic(io.BytesIO(self._bytes(shard, name, 0, np.lib.format.MAGIC_LEN)))
+        width = 2 if major == 1 else 4  # bytes of the header's length
+        begin = np.lib.format.MAGIC_LEN + width
+        length = int.from_bytes(self._bytes(shard, name, np.lib.format.MAGIC_LEN, width), "little")
+        if length > 1 << 16:
+            raise ValueError(f"a header of {length} bytes")
+        file = io.BytesIO(self._bytes(shard, name, 0, begin + length))
+        np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        return dtype, file.tell(), shape[0] if shape else 0
 
-    def _index_path(self, shard: int):
-        return index_path(self.manifest.path / self.manifest.shards[shard].name)
+    def _index_name(self, shard: int) -> str:
+        return index_path(Path(self.manifest.shards[shard].name)).name
 
-    @staticmethod
-    def _bytes(path, start: int, size: int) -> bytes:
-        """`size` bytes from `start`; OSError if the file ends before."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            parts, missing = [], size
-            while missing:
-                part = os.pread(descriptor, missing, start + size - missing)
-                if not part:
-                    raise OSError(f"file ends {missing} bytes early")
-                parts.append(part)
-                missing -= len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        finally:
-            os.close(descriptor)
+    def _bytes(self, shard: int, name: str, start: int, size: int) -> bytes:
+        """Bytes of a file of a shard, from its staged copy if there is one that can be read."""
+        if self.stage is not None and (staged := self.stage.use(shard)) is not self.storage:
+            try:
+                return staged.read(name, start, size)
+            except OSError:
+                self.stage.forget(shard)
+        return self.storage.read(name, start, size)
 
 
 def _text(error: Exception) -> str:
@@ -161,7 +167,8 @@ class _OpenWindow:
 class Reader:
     """The samples of rank `rank` of `world_size`, from the global position `start` (a multiple of the batch) on.
 
-    ahead: how many samples of the rank beyond the last one taken are in sight of the reading threads.
+    ahead: how many samples of the rank beyond the last one taken are in sight of the reading threads. stage: copies to
+    read from, told how far the reading has come; it is closed by its owner.
     """
 
     def __init__(
@@ -174,8 +181,10 @@ class Reader:
         start: int = 0,
         ahead: int = 512,
         pauses: tuple[float, ...] = PAUSES,
+        stage: Stage | None = None,
     ):
-        self.files = ShardFiles(manifest, pauses)
+        self.files = ShardFiles(manifest, pauses, stage)
+        self._stage = stage
         self.order = order
         self._position, self._stride = start + rank, world_size  # of the next sample to plan
         self._ahead = ahead
@@ -186,14 +195,18 @@ class Reader:
     def take(self, count: int) -> list[Sample]:
         """The rank's next `count` samples, in order."""
         self._plan(count + self._ahead)
-        return [self._next() for _ in range(count)]
+        samples = [self._next() for _ in range(count)]
+        if self._stage is not None and samples:
+            self._stage.passed(samples[-1].position)
+        return samples
 
     def neighbours(self, shard: int, row: int, limit: int = 64) -> Iterator[Stored]:
         """Readable samples that may stand in for a bad one: those after it in its shard, then the starts of the next.
 
         It depends on the bad sample's place alone, so the stand-in is the same on any number of ranks and in any
-        micro-batch. At most `limit` candidates are looked at.
+        micro-batch. At most `limit` candidates are looked at, few where each may be a server's time-out.
         """
+        limit = min(limit, _FEW) if self.files.manifest.url else limit
         counts = self.order.counts
         rows = [(shard, (row + i) % int(counts[shard])) for i in range(1, min(limit // 2 + 1, int(counts[shard])))]
         others = ((shard + i) % len(counts) for i in range(1, len(counts)))

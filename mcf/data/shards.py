@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mcf.data.storage import Storage, is_remote, storage_of
 from mcf.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -43,11 +44,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of a folder, in order."""
+    """All shards of a folder, in order. `url` is the folder's where it is a remote one; `path` is its name then."""
 
     path: Path
     shards: tuple[Shard, ...]
     meta: dict[str, Any]
+    url: str = ""
+
+    @property
+    def storage(self) -> Storage:
+        """What its files are read through."""
+        return storage_of(self.url or self.path)
 
     @cached_property
     def samples(self) -> int:
@@ -89,6 +96,8 @@ def load_manifest(path: str | Path, *, check: bool = True) -> Manifest:
 
     Raises UserError if the folder is missing, empty, not packed, or does not fit its manifest (a truncated tar).
     """
+    if is_remote(path):
+        return _load_remote(str(path))
     folder = Path(path)
     pack = "pack images with: python -m mcf.pack source=IMAGES out="
     if not folder.exists():
@@ -102,23 +111,44 @@ def load_manifest(path: str | Path, *, check: bool = True) -> Manifest:
         if any(folder.iterdir()):
             raise UserError(f"data.path={folder}: no {MANIFEST} in it, so mcf.pack did not write it; {pack}NEW_FOLDER")
         raise UserError(f"data.path={folder}: the folder is empty; {pack}{folder}")
-    remedy = _restore(folder)
     try:
-        content = json.loads(file.read_text())
-        shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in content["shards"])
-        version = content["format"]
+        text = file.read_text()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError as error:
+        raise UserError(f"{file}: damaged manifest ({error!r}); {_restore(folder)}") from None
+    manifest = _parsed(text, file, _restore(folder), folder)
+    if check:
+        _hold_against_files(manifest)
+    return manifest
+
+
+def _parsed(text: str | bytes, file: object, remedy: str, folder: Path, url: str = "") -> Manifest:
+    """The manifest that a manifest.json states."""
+    try:
+        content = json.loads(text)
+        shards = tuple(Shard(s["name"], int(s["samples"]), int(s["bytes"]), s["sha256"]) for s in content["shards"])
+        version = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged manifest ({error!r}); {remedy}") from None
     if version != FORMAT:
         raise UserError(f"{file}: format {version}, this version reads {FORMAT}; {remedy}")
-    manifest = Manifest(folder, shards, content.get("meta", {}))
+    manifest = Manifest(folder, shards, content.get("meta", {}), url)
     if not manifest.samples:
         raise UserError(f"{file}: no samples in it; {remedy}")
-    if check:
-        _hold_against_files(manifest)
     return manifest
+
+
+def _load_remote(url: str) -> Manifest:
+    """The manifest of a remote folder. Its files are not looked at: that would be thousands of requests at every start."""
+    file = f"{url.rstrip('/')}/{MANIFEST}"
+    try:
+        text = storage_of(url).whole(MANIFEST)
+    except FileNotFoundError:
+        raise UserError(f"data.path={url}: no {MANIFEST} there; copy a folder that mcf.pack wrote to it") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error}); check the address, the network and your keys") from None
+    return _parsed(text, file, "copy the folder there again", Path(url), url)
 
 
 def _hold_against_files(manifest: Manifest) -> None:
@@ -141,6 +171,8 @@ def sight(path: str | Path) -> str:
     """
     try:
         manifest = load_manifest(path, check=False)
+        if manifest.url:
+            return f"fingerprint {manifest.fingerprint} of {manifest.url}"
         with os.scandir(manifest.path) as entries:
             there = {entry.name for entry in entries}
     except UserError as error:
