@@ -384,7 +384,7 @@ def test_a_rank_whose_storage_hangs_is_named_and_slow_saves_are_not(tmp_path):
     manifest = tiny.shards(tmp_path / "shards", samples=480, per_shard=120)
     run_dir = tmp_path / "run"
     values = tiny.recipe(run_dir, tmp_path / "shards", ranks=2, micro_batch=4, checkpoint__every=5)
-    values |= {"watchdog": {"timeout": 3.0, "slow_timeout": 120.0}}
+    values |= {"watchdog": {"timeout": 5.0, "slow_timeout": 120.0}}
     values["train"]["steps"] = 60
     tiny.write_recipe(run_dir, values)
     order = Order(manifest.counts, batch=8, streams=4, window=8, seed=values["seed"])
@@ -392,7 +392,7 @@ def test_a_rank_whose_storage_hangs_is_named_and_slow_saves_are_not(tmp_path):
     # The loader has read ahead: some steps and a checkpoint later it needs the file again.
     slow = (
         "import sys, time; from mcf import state, train; write = state.write; "
-        "state.write = lambda *a: (time.sleep(6), write(*a)); sys.exit(train.main())"
+        "state.write = lambda *a: (time.sleep(9), write(*a)); sys.exit(train.main())"
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
