@@ -100,10 +100,10 @@ def write(run_dir: Path, beat: Beat) -> None:
         os.close(file)
 
 
-def read(run_dir: Path, size: int, launch: str) -> dict[int, Beat]:
-    """The beats of a launch by rank; a rank is missing that has not begun, or whose file cannot be read."""
+def read(run_dir: Path, ranks: Iterable[int], launch: str) -> dict[int, Beat]:
+    """Those ranks' beats of a launch; a rank is missing that has not begun, or whose file cannot be read."""
     found = {}
-    for rank in range(size):
+    for rank in ranks:
         with contextlib.suppress(OSError, ValueError, TypeError):
             beat = Beat(**json.loads(path_of(run_dir, rank).read_bytes()))
             if beat.launch == launch:

@@ -5,10 +5,10 @@
     watching thread    no mark for too long          who is it? (mcf/heartbeat.py) → events.jsonl, one line, status 76
 
 In every step all ranks wait for each other, so one that stands still soon makes all stand still. Each watches only
-itself, and reads the heartbeats of the others once, when its own time is up: a healthy run costs nothing that grows
-with the ranks. The watching thread touches no file itself, so that storage that hangs cannot hold it back, and the
-process is ended without asking threads that may never answer. Whoever launched the ranks ends the rest (mcf.task,
-srun --kill-on-bad-exit, torchrun), a stopped process included, and starts or queues the run again.
+itself, and reads heartbeats of others only when its own time is up: a healthy run costs nothing that grows with the
+ranks. The watching thread touches no file itself, so that storage that hangs cannot hold it back, and the process is
+ended without asking threads that may never answer. Whoever launched the ranks ends the rest (mcf.task, srun
+--kill-on-bad-exit, torchrun), a stopped process included, and starts or queues the run again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -36,7 +37,9 @@ from mcf.track.jsonl import EVENTS, Writer
 EVENT = "rank_lost"
 
 TICK = 0.25  # seconds between two looks at the clock
-LOOKS = 3  # beats between the two looks at the others
+LOOKS = 3  # beats between the two looks at all ranks
+JUDGES = 8  # ranks that look first
+NEAR = 8  # neighbours among which a rank finds those of its own machine
 _AT_LEAST = 20.0  # seconds that storage which hangs may hold back the end
 # Phases that may take long: rank 0 writes a checkpoint, trackers are given time for their last words.
 _SLOW = ("saving", "waiting", "ending")
@@ -122,7 +125,7 @@ class Watchdog:
                 # In a thread of its own: files may hang.
                 judging = threading.Thread(target=self._judge, args=(seen,), daemon=True)
                 judging.start()
-                judging.join(LOOKS * self._interval() + _AT_LEAST)
+                judging.join((2 * LOOKS + 1) * self._interval() + _AT_LEAST)
                 if judging.is_alive():
                     os._exit(RANK_LOST)
 
@@ -165,35 +168,54 @@ class Watchdog:
     # --- who it is --------------------------------------------------------------------------------------------------
 
     def _judge(self, seen: tuple[str, int, int]) -> None:
-        """Look at all ranks twice, and end this process, unless it has got on meanwhile."""
-        before = self._everyone()
-        time.sleep(LOOKS * self._interval())
+        """Find out who it is and end this process, unless it has got on meanwhile."""
+        verdict = self._find()
         if self._mark is seen:
-            self._end(self._verdict(before), stack=True)
+            self._end(verdict, stack=True)
 
     def _lost_peer(self, error: BaseException) -> Verdict | None:
         """Which rank an error of a connection is due to; None if all live, and it is this rank's own trouble."""
         line = f"rank {self._own.rank}: {' '.join(str(error).split())[:300]}; looking which rank is lost"
         print(line, file=sys.stderr, flush=True)
-        before = self._everyone()
-        deadline = time.monotonic() + LOOKS * self._interval()
+        verdict = self._find()
+        # That a living rank is behind is no reason for a connection to break, unless its time is up.
+        settled = heartbeat.settled(self.run_dir, self._own.launch) if self.run_dir else None
+        return None if verdict.reason == "stuck" and settled is None else verdict
+
+    def _find(self) -> Verdict:
+        """Who holds the run up: as another rank has found, as its machine knows, or by two looks at all ranks.
+
+        The first few ranks look; the others wait for what those find, and look only if nothing comes of it.
+        """
+        near = range(max(0, self._own.rank - NEAR), min(self.size, self._own.rank + NEAR + 1))
+        mates = [rank for rank, beat in self._read(near).items() if beat.machine == self._own.machine]
+        if self._own.rank >= JUDGES and (verdict := self._wait(LOOKS + 1, mates)):
+            return verdict
+        before = self._read(range(self.size))
+        if verdict := self._wait(LOOKS, mates):
+            return verdict
+        after = self._read(range(self.size))
+        # Where not even this rank's own file can be read, nothing is known of the others.
+        known = self._own.rank in after
+        return heartbeat.judge(
+            before if known else {},
+            after if known else {},
+            self._now(),
+            range(self.size) if known else [self._own.rank],
+        )
+
+    def _wait(self, beats: int, mates: list[int]) -> Verdict | None:
+        """What another rank finds within so many beats, or what this machine knows of its own ranks."""
+        deadline = time.monotonic() + beats * self._interval()
         while time.monotonic() < deadline:
-            standing = heartbeat.settled(self.run_dir, self._own.launch) if self.run_dir else None
-            if verdict := standing or heartbeat.gone(self._everyone(), self._now()):
+            settled = heartbeat.settled(self.run_dir, self._own.launch) if self.run_dir else None
+            if verdict := settled or heartbeat.gone(self._read(mates), self._now()):
                 return verdict
             time.sleep(TICK)
-        verdict = self._verdict(before)
-        return None if verdict.reason == "stuck" else verdict
+        return None
 
-    def _everyone(self) -> dict[int, Beat]:
-        """The beats of all ranks; none where not even this one's own can be read, which says nothing of the others."""
-        found = heartbeat.read(self.run_dir, self.size, self._own.launch) if self.run_dir else {}
-        return found if self._own.rank in found else {}
-
-    def _verdict(self, before: dict[int, Beat]) -> Verdict:
-        after = self._everyone()
-        ranks = range(self.size) if after else [self._own.rank]
-        return heartbeat.judge(before, after, self._now(), ranks)
+    def _read(self, ranks: Iterable[int]) -> dict[int, Beat]:
+        return heartbeat.read(self.run_dir, ranks, self._own.launch) if self.run_dir else {}
 
     def _end(self, verdict: Verdict, stack: bool = False) -> None:
         """Write the event, unless another rank has, say it, and end the process."""

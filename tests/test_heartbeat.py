@@ -100,7 +100,7 @@ def test_files_of_another_launch_and_damaged_ones_count_as_missing(tmp_path):
     assert {heartbeat.path_of(tmp_path, rank).stat().st_size for rank in range(4)} == {512}
     heartbeat.write(tmp_path, dataclasses.replace(beat(1), launch="before"))
     heartbeat.path_of(tmp_path, 2).write_bytes(b'{"rank": 2, "lau')
-    found = heartbeat.read(tmp_path, 5, "now")
+    found = heartbeat.read(tmp_path, range(5), "now")
     assert sorted(found) == [0, 3]
     assert found[0] == beat(0, phase="keys")
 

@@ -36,10 +36,12 @@ from mcf.watchdog import EVENT, Watchdog
 WATCHED = """
 import json, socket, sys, time
 from pathlib import Path
+from mcf import watchdog as module
 from mcf.config import WatchdogConfig
 from mcf.watchdog import Watchdog
 
 told = json.loads(sys.argv[1])
+module.JUDGES = told["judges"]
 rank, size, run_dir = told["rank"], told["size"], Path(told["run_dir"])
 hub = socket.create_connection(("127.0.0.1", told["port"]))
 hub.sendall(bytes([rank]))
@@ -135,7 +137,9 @@ def ranks(tmp_path) -> Iterator[Callable[..., Ranks]]:
         hubs.append(Hub(size))
         return hubs[-1]
 
-    def start(size: int, *faults: tuple[int | str, str, int, str], steps=10**6, saves=(), **limits: float) -> Ranks:
+    def start(
+        size: int, *faults: tuple[int | str, str, int, str], steps=10**6, saves=(), judges=8, **limits: float
+    ) -> Ranks:
         run_dir = tmp_path / "run"
         run_dir.mkdir()
         told = {
@@ -146,6 +150,7 @@ def ranks(tmp_path) -> Iterator[Callable[..., Ranks]]:
             "faults": [dict(zip(("rank", "phase", "step", "do"), fault)) for fault in faults],
             "steps": steps,
             "saves": saves,
+            "judges": judges,
             "limits": LIMITS | limits,
         }
         commands = [[sys.executable, "-c", WATCHED, json.dumps(told | {"rank": rank})] for rank in range(size)]
@@ -219,12 +224,36 @@ def test_rank_0_is_watched_like_the_others(ranks):
     assert lost(running.run_dir)["ranks"] == [0]
 
 
+def test_where_those_who_look_first_are_gone_the_others_look(ranks):
+    """Of many ranks only a few look at all the others: 128 that each open 128 files would be a stampede of their own."""
+    running = ranks(3, judges=1)
+    running.wait_for_step(10)
+    running.processes[0].send_signal(signal.SIGSTOP)
+    assert [process.wait(60) for process in running.processes[1:]] == [RANK_LOST] * 2
+    assert (lost(running.run_dir)["ranks"], lost(running.run_dir)["reason"]) == ([0], "silent")
+
+
+def test_the_others_take_the_verdict_of_those_who_look_first(ranks):
+    running = ranks(3, (1, "loading", 5, "time.sleep(3600)"), judges=1)
+    assert running.statuses() == [RANK_LOST] * 3
+    assert (lost(running.run_dir)["ranks"], lost(running.run_dir)["reason"]) == ([1], "stuck")
+    assert len({line for r in range(3) for line in running.said(r).splitlines() if line.startswith("error: ")}) == 1
+
+
 def test_a_rank_that_fails_is_named_by_those_it_leaves_behind(ranks):
     running = ranks(2, (1, "forward", 5, "raise ValueError('a bug')"))
     assert running.statuses() == [RANK_LOST, 1]
     event = lost(running.run_dir)
     assert (event["ranks"], event["reason"], event["phase"], event["step"]) == ([1], "failed", "forward", 5)
     assert "ValueError: a bug" in running.said(1)
+
+
+def test_a_connection_that_breaks_while_all_live_is_the_ranks_own_error(ranks):
+    running = ranks(2, (1, "forward", 5, "raise RuntimeError('gloo: Connection reset by peer')"))
+    assert running.statuses() == [RANK_LOST, 1]
+    assert "looking which rank is lost" in running.said(1)
+    assert "RuntimeError: gloo: Connection reset by peer" in running.said(1).splitlines()[-1]
+    assert (lost(running.run_dir)["ranks"], lost(running.run_dir)["reason"]) == ([1], "failed")
 
 
 def test_a_rank_that_never_starts_is_named(ranks):
@@ -255,7 +284,7 @@ def test_what_is_slow_for_a_reason_is_left_alone(ranks):
     assert running.statuses() == [0, 0]
     assert read(running.run_dir / "events.jsonl") == []
     assert heartbeat.settled(running.run_dir, "launch 0") is None
-    beats = heartbeat.read(running.run_dir, 2, "launch 0")
+    beats = heartbeat.read(running.run_dir, range(2), "launch 0")
     assert {(beat.state, beat.step, beat.marks) for beat in beats.values()} == {("done", 6, 20)}
 
 
@@ -384,7 +413,7 @@ def test_a_rank_whose_storage_hangs_is_named_and_slow_saves_are_not(tmp_path):
     manifest = tiny.shards(tmp_path / "shards", samples=480, per_shard=120)
     run_dir = tmp_path / "run"
     values = tiny.recipe(run_dir, tmp_path / "shards", ranks=2, micro_batch=4, checkpoint__every=5)
-    values |= {"watchdog": {"timeout": 3.0, "slow_timeout": 120.0}}
+    values |= {"watchdog": {"timeout": 5.0, "slow_timeout": 120.0}}
     values["train"]["steps"] = 60
     tiny.write_recipe(run_dir, values)
     order = Order(manifest.counts, batch=8, streams=4, window=8, seed=values["seed"])
@@ -392,7 +421,7 @@ def test_a_rank_whose_storage_hangs_is_named_and_slow_saves_are_not(tmp_path):
     # The loader has read ahead: some steps and a checkpoint later it needs the file again.
     slow = (
         "import sys, time; from mcf import state, train; write = state.write; "
-        "state.write = lambda *a: (time.sleep(6), write(*a)); sys.exit(train.main())"
+        "state.write = lambda *a: (time.sleep(9), write(*a)); sys.exit(train.main())"
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
