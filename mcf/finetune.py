@@ -133,6 +133,8 @@ class Finetuning:
                     since = time.monotonic()
                 if stopping or progress.step % config.checkpoint.every == 0:
                     self.save(tracker, raises=stopping)
+                if stopping:
+                    break
             finished = progress.step >= self.steps
             if finished:
                 self.finish(tracker)
