@@ -103,7 +103,7 @@ def test_alignment_ends_with_a_table_metrics_pictures_and_a_model(run, places, t
 
 
 def test_parsing_ends_with_a_table_metrics_and_pictures(run, tmp_path):
-    status, out, err = run("parsing", "evaluate_every=2")
+    status, out, err = run("parsing", "evaluate_every=2", "track.mlflow=local")
     assert status == 0, err
     results = json.loads((tmp_path / "run/metrics.json").read_text())
     assert [entry["epoch"] for entry in results["history"]] == [2, 3]  # every second epoch, and the last
@@ -117,6 +117,16 @@ def test_parsing_ends_with_a_table_metrics_and_pictures(run, tmp_path):
     losses = [r["loss/total"] for r in records if "loss/total" in r]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (followed,) = client.search_runs([client.get_experiment_by_name("mcf-downstream").experiment_id])
+    assert followed.info.status == "FINISHED"
+    assert followed.data.params["head.channels"] == "8"
+    assert "Face parsing on masks" in followed.data.tags["mlflow.note.content"]
+    told = [metric.value for metric in client.get_metric_history(followed.info.run_id, "test/f1_mean")]
+    assert told == pytest.approx([entry["test"]["f1_mean"] for entry in results["history"]])
+    assert len(client.list_artifacts(followed.info.run_id, "images")) == 4
 
 
 def test_a_run_in_pieces_is_the_unbroken_run(run, tmp_path):
