@@ -41,7 +41,7 @@ def places(tmp_path_factory) -> Path:
     trees.table(root / "points", train=8, test=4)
     trees.masks(root / "masks", train=8, test=3, classes=5)
     (root / "masks/classes.txt").write_text("background\nskin\nnose\nhair\nhat\n")
-    torch.manual_seed(0)
+    torch.manual_seed(123)
     vit = VisionTransformer(image_size=32, patch_size=8, width=16, depth=4, heads=2)
     files.write(root / "encoder.safetensors", vit.state_dict(), {"heads": "2"})
     return root
@@ -102,7 +102,9 @@ def test_alignment_ends_with_a_table_metrics_pictures_and_a_model(run, places, t
     assert 100 * np.mean(errors) == pytest.approx(tests[-1], rel=1e-4)
 
 
-def test_parsing_ends_with_a_table_metrics_and_pictures(run, tmp_path):
+def test_parsing_ends_with_a_table_metrics_and_pictures(run, tmp_path, monkeypatch):
+    # A busy machine may take long to make MLflow's database.
+    monkeypatch.setattr("mcf.track.mlflow.PATIENCE", 200.0)
     status, out, err = run("parsing", "evaluate_every=2", "track.mlflow=local")
     assert status == 0, err
     results = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -176,7 +178,7 @@ def test_a_frozen_backbone_stays_and_a_trained_one_moves_at_its_own_rate(run, pl
     from mcf.downstream.config import FinetuneConfig
     from mcf.downstream.network import build_decoder
 
-    start = build_decoder(0, 16, 68, FinetuneConfig(**config).head).head.out.weight
+    start = build_decoder(0, 16, 68, FinetuneConfig(**config).head).head.out.weight.detach()
     assert (tuned[key] - start).abs().max() == pytest.approx(1e-2, rel=0.01)
 
 
@@ -194,7 +196,7 @@ def test_the_baseline_of_random_weights_has_the_shape_and_nothing_else(run, plac
         (["data=/nowhere"], "data=/nowhere: no such folder; dataset=csv expects"),
         (["dataset=lapa"], "it is a set of task=parsing"),
         (["weights=/nowhere.pth"], "weights=/nowhere.pth: no such file"),
-        (["batch=9"], "batch=9, but there are 8 faces to train on"),
+        (["batch=12", "micro_batch=12"], "batch=12, but there are 8 faces to train on"),
         (["micro_batch=3"], "batch=4 cannot be cut into 1 ranks × micro-batches of 3"),
         (["micro_batch=1", "batch=1"], "BatchNorm"),
         (["input_size=36"], "input_size=36: patches of 8 pixels do not divide it"),
