@@ -39,6 +39,7 @@ setup(
         "safetensors>=0.4.3",
         "fsspec>=2024.2",
         "rich>=13",
+        "matplotlib>=3.8",
         "psutil>=5.9",
     ],
     extras_require={

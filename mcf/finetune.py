@@ -111,11 +111,12 @@ class Finetuning:
                 tracker.event("note", message=note)
             start = progress.step * config.batch
             batches = self.loader.training(self.train, start, self.world.rank, self.world.size, self.local_batch)
-            since, stopping = time.monotonic(), False
+            since, steps, stopping = time.monotonic(), 0, False
             while progress.step < last:
                 terms, keys = self.step(batches)
                 result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
                 progress.step += 1
+                steps += 1
                 if result.applied:
                     self.average.update(self.engine.module)
                 else:
@@ -123,16 +124,21 @@ class Finetuning:
                     tracker.event("bad_step", step=progress.step, grad_norm=result.grad_norm)
                 self.guard.observe(progress.step, result.applied, keys, {"grad_norm": result.grad_norm})
                 stopping = distributed.any_rank(stop.received) or progress.step == last
+                told: dict[str, float] = {}
                 if stopping or progress.step % config.train.log_every == 0:
                     told = {f"loss/{name}": float(distributed.mean(value)) for name, value in terms.items()}
-                    seconds, since = time.monotonic() - since, time.monotonic()
-                    done = (progress.step - 1) % config.train.log_every + 1
                     told |= {"lr": self.lr_at(progress.step - 1), "grad_norm": result.grad_norm}
-                    told |= {"rate/images_per_s": done * config.batch / seconds, "bad/steps": progress.bad_steps}
-                    tracker.metrics(progress.step, told)
+                    told["rate/images_per_s"] = steps * config.batch / (time.monotonic() - since)
+                    told["bad/steps"] = progress.bad_steps
+                    since, steps = time.monotonic(), 0
                 if self.evaluation_is_due():
-                    self.judge(tracker)
-                    since = time.monotonic()
+                    judging = time.monotonic()
+                    told |= self.judge()
+                    since += time.monotonic() - judging
+                    headline = f"test/{self.task.headline}"
+                    tracker.event("evaluated", step=progress.step, epoch=told["epoch"], **{headline: told[headline]})
+                if told:
+                    tracker.metrics(progress.step, told)
                 if stopping or progress.step % config.checkpoint.every == 0:
                     self.save(tracker, raises=stopping)
                 if stopping:
@@ -189,29 +195,23 @@ class Finetuning:
             return module
         return Network(self.backbone, module)  # type: ignore[arg-type]
 
-    def judge(self, tracker: Tracker) -> None:
-        """Evaluate the average, and keep its weights if this is the epoch to choose. Collective."""
+    def judge(self) -> dict[str, float]:
+        """Evaluate the average, and keep its weights if this is the epoch to choose; the numbers to tell. Collective."""
         network, epoch = self.network(), self.progress.step // self.per_epoch
-        entry: dict = {"epoch": epoch, "test": self.evaluate(network, self.set.test).metrics, "validation": None}
-        earlier = [e["validation"] for e in self.progress.history if e["validation"] is not None]
-        chosen = True
+        test = self.evaluate(network, self.set.test).metrics
+        told = {"epoch": epoch, **{f"test/{name}": value for name, value in test.items()}}
+        held, chosen = None, True
         if self.validation:
-            entry["validation"] = self.evaluate(network, self.validation).metrics[self.task.headline]
-            best = (min if self.task.better == "lower" else max)(earlier, default=None)
-            chosen = is_better(entry["validation"], best, self.task.better)
-        self.progress.history = [e for e in self.progress.history if e["epoch"] < epoch] + [entry]
-        told = {f"test/{name}": value for name, value in entry["test"].items()}
-        if self.validation:
-            told[f"validation/{self.task.headline}"] = entry["validation"]
-        tracker.metrics(self.progress.step, {"epoch": epoch, **told})
-        tracker.event(
-            "evaluated",
-            step=self.progress.step,
-            epoch=epoch,
-            **{self.task.headline: told[f"test/{self.task.headline}"]},
-        )
+            earlier = [entry["validation"] for entry in self.progress.history]
+            held = self.evaluate(network, self.validation).metrics[self.task.headline]
+            chosen = is_better(
+                held, (min if self.task.better == "lower" else max)(earlier, default=None), self.task.better
+            )
+            told[f"validation/{self.task.headline}"] = held
+        self.progress.history.append({"epoch": epoch, "test": test, "validation": held})
         if chosen and self.world.is_main:
             saved.write(self.run_dir / saved.FILE, network, saved.describe(network, self.config, self.set, epoch))
+        return told
 
     @torch.no_grad()
     def evaluate(self, network: Network, faces: list[Face]) -> Scores:

@@ -95,6 +95,7 @@ ARROWS = {
         "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.exits", "mcf.guard",
         "mcf.state", "mcf.stop", "mcf.track",
     },
+    "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
     "mcf.export": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
@@ -109,6 +110,7 @@ LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
     "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
+    "mcf.predict", "mcf.downstream.config",
 )  # fmt: skip
 
 

@@ -17,16 +17,17 @@ DPI = 120
 INK, BAR, GRID = "#333333", "#4878a8", "#dddddd"
 
 
-def ced_chart(curves: Mapping[str, tuple[NDArray, NDArray]], title: str, unit: str) -> NDArray[np.uint8]:
-    """Cumulative error distributions, uint8 [H, W, 3]: share of images (0 to 1) by error (a share of the unit)."""
+def ced_chart(x: NDArray, share: NDArray, threshold: float, title: str, unit: str) -> NDArray[np.uint8]:
+    """A cumulative error distribution, uint8 [H, W, 3]: share of images (0 to 1) by error (a share of the unit)."""
     figure, axes = _figure(6.4, 4.2)
-    for name, (x, share) in curves.items():
-        axes.plot(100 * x, 100 * share, label=name, linewidth=1.8)
+    axes.plot(100 * x, 100 * share, color=BAR, linewidth=1.8)
+    axes.axvline(
+        100 * threshold, color=INK, linewidth=1, linestyle="--", label=f"failures beyond {100 * threshold:g} %"
+    )
     axes.set(xlabel=f"NME by {unit.replace('_', '-')}, %", ylabel="images with at most this error, %", title=title)
-    axes.set(xlim=(0, 100 * max(x[-1] for x, _ in curves.values())), ylim=(0, 100))
+    axes.set(xlim=(0, 100 * x[-1]), ylim=(0, 100))
     axes.grid(color=GRID)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     return _pixels(figure)
 
 

@@ -71,6 +71,12 @@ class FinetuneTrainConfig(Section):
     log_every: Positive = Field(20, description="steps between two lines of metrics")
 
 
+class FinetuneTrackConfig(TrackConfig):
+    """Where metrics and pictures go; metrics.jsonl in the run directory is always written."""
+
+    experiment: str = Field("mcf-downstream", description="MLflow experiment")
+
+
 class FinetuneConfig(Section):
     """Train a head for alignment or parsing on an encoder, and evaluate it by FaRL's protocol.
 
@@ -113,7 +119,7 @@ class FinetuneConfig(Section):
     train: FinetuneTrainConfig = FinetuneTrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
-    track: TrackConfig = TrackConfig(experiment="mcf-downstream")
+    track: FinetuneTrackConfig = FinetuneTrackConfig()
 
     @model_validator(mode="after")
     def _fits(self):

@@ -45,19 +45,23 @@ def with_classes(image: NDArray[np.uint8], labels: NDArray) -> NDArray[np.uint8]
     return np.where(labels[:, :, None] > 0, mixed.round(), image).astype(np.uint8)
 
 
-def tiles(rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], columns: int = COLUMNS) -> NDArray[np.uint8]:
-    """Cells of a caption and one or more pictures beside each other, laid out in rows of about `columns` pictures."""
+def tiles(
+    heading: str, rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], columns: int = COLUMNS
+) -> NDArray[np.uint8]:
+    """Under a heading: cells of a caption and one or more pictures beside each other, in rows of about `columns` pictures."""
     cells = max(1, columns // max(len(pictures) for _, pictures in rows))
     width = max(len(pictures) for _, pictures in rows) * (TILE + 2) - 2
     font = _font(15)
     caption = int(font.getbbox("Ag")[3]) + 6
     down = -(-len(rows) // cells)
     across = min(cells, len(rows))
-    canvas = Image.new("RGB", (MARGIN + across * (width + MARGIN), MARGIN + down * (TILE + caption + MARGIN)), "white")
+    top = MARGIN + caption + MARGIN
+    canvas = Image.new("RGB", (MARGIN + across * (width + MARGIN), top + down * (TILE + caption + MARGIN)), "white")
     draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN), _fitting(heading, canvas.width - 2 * MARGIN, font), fill=INK, font=font)
     for index, (text, pictures) in enumerate(rows):
         x = MARGIN + index % cells * (width + MARGIN)
-        y = MARGIN + index // cells * (TILE + caption + MARGIN)
+        y = top + index // cells * (TILE + caption + MARGIN)
         draw.text((x, y), _fitting(text, width, font), fill=INK, font=font)
         for place, picture in enumerate(pictures):
             canvas.paste(_tile(picture), (x + place * (TILE + 2), y + caption))

@@ -24,6 +24,9 @@ from mcf.downstream.warps import Warp, box_matrix
 
 SHOWN = 1.5  # side of the part of an image that a picture shows, in sides of the face's box
 PIXELS = 384  # side of that part, drawn on
+TITLES = {"spread": "From all over the test set", "best": "Best of the test set", "worst": "Worst of the test set"}
+POINTS = "prediction red, label green, a line between"
+CLASSES = "face, label, prediction"
 
 
 def description(config: FinetuneConfig, faces: FaceSet, train: int) -> str:
@@ -72,12 +75,14 @@ def pictures(
         label = "NME {:.2f} %" if isinstance(task, Alignment) else "F1 {:.1f} %"
         values = scores.errors[indices] if isinstance(task, Alignment) else 100 - scores.errors[indices]
         captions = [f"{label.format(value)}  {faces.test[i].name}" for i, value in zip(indices, values)]
-        found[f"test-{name}"] = tiles(list(zip(captions, rows)), columns=4 if isinstance(task, Alignment) else 6)
+        heading, columns = (POINTS, 4) if isinstance(task, Alignment) else (CLASSES, 6)
+        found[f"test-{name}"] = tiles(f"{TITLES[name]}: {heading}", list(zip(captions, rows)), columns)
     if isinstance(task, Alignment):
         unit = faces.units[0].name
         threshold = faces.auc[1] if faces.auc is not None and faces.auc[0] == unit else 0.10
-        curve = {task.headline: ced(scores.errors / 100, threshold)}
-        found["ced"] = ced_chart(curve, f"{faces.name}: {len(order):,} test faces", unit)
+        # Far enough to see most of the faces, also where many fail.
+        x, share = ced(scores.errors / 100, max(threshold, float(np.quantile(scores.errors, 0.95)) / 100))
+        found["ced"] = ced_chart(x, share, threshold, f"{faces.name}: {len(order):,} test faces", unit)
     else:
         values = {name.removeprefix("f1/"): value for name, value in scores.metrics.items() if name.startswith("f1/")}
         found["classes"] = bar_chart(values, scores.metrics["f1_mean"], f"{faces.name}: {len(order):,} test faces")

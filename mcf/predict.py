@@ -1,0 +1,133 @@
+"""Draw what a fine-tuned model sees: `python -m mcf.predict weights=RUN images=FILE|FOLDER out=FOLDER`.
+
+    image ──► cut as in training ──► network ──► points or classes in the image's own pixels ──► OUT/NAME.png, predictions
+
+There is no face detector here: a face is expected to fill its picture, or `boxes` says where it is. A model of points
+looks twice: the second cut is around the points that the first has found.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mcf import cli
+from mcf.config import Positive, Section
+from mcf.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+LOOKS = 2  # of a model of points; later ones change little
+
+
+class PredictConfig(Section):
+    """Draw the points or classes that a fine-tuned model finds on your own pictures.
+
+    Each picture is taken for one upright face that fills it, unless boxes= says where the face is. Beside the pictures,
+    points go to OUT/points.csv, classes to OUT/NAME.classes.png and their names to OUT/classes.txt.
+    """
+
+    weights: str = Field(description="run directory of mcf.finetune, or its model.safetensors")
+    images: str = Field(description="a picture, or a folder of pictures")
+    out: str = Field("predictions", description="folder for the results")
+    boxes: str | None = Field(None, description="CSV of file,left,top,right,bottom in pixels: where the faces are")
+    threads: Positive | None = Field(None, description="CPU threads of torch; default: as many as it likes")
+
+
+@cli.main
+def main(argv: list[str] | None = None) -> int:
+    """The verb."""
+    config = cli.parse(PredictConfig, sys.argv[1:] if argv is None else argv, verb="predict")
+    pictures = find_pictures(config.images)
+    boxes = read_boxes(config.boxes, pictures) if config.boxes else {}
+    out = Path(config.out)
+    if any(picture.parent.resolve() == out.resolve() for picture in pictures):
+        raise UserError(f"out={out}: the pictures themselves lie there; choose another folder")
+    # torch comes with them: help and refusals need not wait for it.
+    import torch
+    from PIL import Image
+
+    from mcf.downstream import saved
+    from mcf.downstream.inference import Predictor
+    from mcf.downstream.pictures import with_classes, with_points
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    network, description = saved.load(config.weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    predictor = Predictor(network.to(device), description)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for picture in pictures:
+        image, found = predictor(picture, boxes.get(picture.name), looks=LOOKS)
+        drawn = with_points(image, found) if description.task == "alignment" else with_classes(image, found)
+        Image.fromarray(drawn).save(out / f"{picture.name}.png")
+        if description.task == "alignment":
+            rows.append([picture.name, *(f"{value:.2f}" for value in found.ravel())])
+        else:
+            Image.fromarray(found.astype("uint8")).save(out / f"{picture.stem}.classes.png")
+    if description.task == "alignment":
+        write_points(out / "points.csv", rows, description.outputs)
+    else:
+        (out / "classes.txt").write_text("\n".join(description.classes) + "\n")
+    about = {"weights": str(Path(config.weights).resolve()), "task": description.task, "dataset": description.dataset}
+    (out / "predictions.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(f"{out}: {len(pictures)} pictures with {description.outputs} {'points' if rows else 'classes'} "
+          f"of a model of {description.dataset}")  # fmt: skip
+    return 0
+
+
+def find_pictures(images: str) -> list[Path]:
+    """The pictures of a file or folder, by name. Raises UserError where there are none."""
+    path = Path(images).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"images={images}: no such file or folder; give a picture, or a folder of pictures")
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS)
+    if not found:
+        raise UserError(f"images={images}: no pictures in it ({', '.join(KINDS)}); give a folder that holds some")
+    return found
+
+
+def read_boxes(path: str, pictures: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Boxes (left, top, right, bottom) by file name. Raises UserError for a row that is no box, or pictures without one."""
+    from mcf.downstream.datasets.faceset import table_points
+
+    file, where = Path(path).expanduser(), f"boxes={path}"
+    if not file.is_file():
+        raise UserError(f"{where}: no such file; give CSV of file,left,top,right,bottom")
+    boxes: dict[str, np.ndarray] = {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        for number, row in enumerate(csv.reader(opened), 1):
+            if not row or row[0] == "file":
+                continue
+            if len(row) != 5:
+                raise UserError(f"{where}:{number}: {len(row)} values, expected file,left,top,right,bottom")
+            box = table_points(row[1:], f"{where}:{number}").ravel()
+            if not (box[2:] > box[:2]).all():
+                raise UserError(f"{where}:{number}: a box without an area; expected left < right and top < bottom")
+            boxes[row[0]] = box
+    if missing := [picture.name for picture in pictures if picture.name not in boxes]:
+        raise UserError(f"{where}: no box for {len(missing)} of the pictures (for example {missing[0]}); add them")
+    return boxes
+
+
+def write_points(path: Path, rows: Sequence[Sequence[str]], points: int) -> None:
+    """A table that dataset=csv could read: file, x0, y0 …"""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", *(f"{axis}{i}" for i in range(points) for axis in "xy")])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
