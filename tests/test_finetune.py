@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from mcf import checkpoint, finetune, predict
 from mcf.downstream import saved
+from mcf.exits import SAVED
 from mcf.models.vit import VisionTransformer
 from mcf.track.jsonl import read
 from mcf.weights import files
@@ -325,7 +326,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(places, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(240) == 0, (tmp_path / "rank-0.log").read_text()
+    assert process.wait(240) == SAVED, (tmp_path / "rank-0.log").read_text()
     event = read(tmp_path / "told/events.jsonl")[-1]
     assert event["kind"] == "stopped"
     assert 3 <= event["step"] < 800

@@ -210,3 +210,12 @@ def test_no_slurm_job_to_follow_and_no_slurm_job_around(site, tmp_path):
         assert done.returncode == 2
         assert re.fullmatch(rf"error: .*{said}.*\n", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_nodes_see_may_stay_unknown(site, tmp_path):
+    """srun fails: no verdict on the nodes, and no end of the job for it."""
+    code = f"from mcf.job import *; print(blind_nodes(2, Path({str(tmp_path)!r}), Path(sys.executable)))"
+    done = site.cluster.attempt(sys.executable, "-c", code, env={"SLURM_CONF": str(tmp_path / "none")})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("what the nodes see is not known: srun: ")
+    assert done.stdout.endswith("\n[]\n")
