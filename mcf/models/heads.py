@@ -45,7 +45,7 @@ class BatchNorm(nn.BatchNorm1d):
         wide = x.double()
         sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_tensor([len(x)])])
         total, squares, count = _AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
-        samples = float(count)
+        samples = float(count.detach())
         if samples < 2:
             raise _too_few("all ranks together")
         mean = total / samples
