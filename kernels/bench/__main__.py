@@ -69,8 +69,10 @@ def run(cases: list[Case], device: torch.device, timed: bool, until: float, out:
     print()
     rows: list[Row] = []
     for case in cases:
-        torch._dynamo.reset()  # each shape is compiled for itself, and the compiler counts them as one function's
-        for name, function in _functions(case, device, timed).items():
+        functions = _functions(case, device, timed)
+        if "compile" in functions:
+            torch._dynamo.reset()  # each shape is compiled for itself, and the compiler counts them as one function's
+        for name, function in functions.items():
             late = time.monotonic() > until
             new = _rows(case, name, function, device, limits, "not reached" if late else "")
             rows += new
