@@ -43,6 +43,8 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
+        "remote": ["s3fs>=2024.2"],
+        "detector": ["opencv-python-headless>=4.9"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -51,6 +53,10 @@ setup(
             "mypy>=1.15",
             "types-PyYAML",
             "scikit-learn>=1.4",
+            "moto[server]>=5",
+            "s3fs>=2024.2",
+            "webdataset>=0.2.86",
+            "opencv-python-headless>=4.9",
         ],
     },
 )

@@ -143,3 +143,20 @@ def check(options: PackConfig, tars: bool) -> None:
         wanted = "the folder of LAION-Face's sample2detect_*.pth" if tars else "a .csv or .json of boxes by file name"
         kind = "tars" if tars else "images"
         raise UserError(f"detections={options.detections}: the source is a folder of {kind}; give {wanted}")
+
+
+def task_of(options: PackConfig) -> tuple[int, int]:
+    """(which task this is, of how many), from the keys or from Slurm's array. Raises UserError where they do not fit."""
+    task, tasks = options.task, options.tasks
+    if task is None and tasks is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        number, first, step = (
+            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+            for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"))
+        )
+        tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        task = (number - first) // max(1, step)
+    if (task is None) != (tasks is None):
+        raise UserError("task and tasks belong together; give both, like task=0 tasks=8, or none")
+    if task is not None and tasks is not None and task >= tasks:
+        raise UserError(f"task={task} of tasks={tasks}: tasks are counted from 0; give 0 to {tasks - 1}")
+    return (task or 0, tasks or 1)

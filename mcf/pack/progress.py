@@ -54,7 +54,7 @@ class Meter:
             left = f"  {(self.total - self.done) / self.rate:,.0f} s to go" if self.rate else ""
             print(
                 f"pack  {self.done:,}/{self.total:,} {self.unit} ({self.done / self.total:.0%})  {rate:,.0f} {unit}/s  "
-                f"{out}{left}",
+                f"{out}{left}".rstrip(),
                 flush=True,
             )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,13 +202,8 @@ def links(tar: Path) -> Links | str:
         names = set(parquet.read_schema(path).names)
         columns = [n for n in ("key", "status", "SAMPLE_ID") if n in names]
         rows = parquet.read_table(path, columns=columns).to_pylist()
+        ends = Counter(str(row.get("status") or "unknown") for row in rows)
+        named = (row for row in rows if row.get("SAMPLE_ID") is not None and row.get("key") is not None)
+        return Links(dict(ends), {str(row["key"]): int(row["SAMPLE_ID"]) for row in named})
     except Exception as error:  # whatever a damaged file brings about
         return f"unreadable parquet ({type(error).__name__})"
-    ends: dict[str, int] = {}
-    ids: dict[str, int] = {}
-    for row in rows:
-        status = str(row.get("status") or "unknown")
-        ends[status] = ends.get(status, 0) + 1
-        if row.get("SAMPLE_ID") is not None and row.get("key") is not None:
-            ids[str(row["key"])] = int(row["SAMPLE_ID"])
-    return Links(dict(sorted(ends.items())), ids)

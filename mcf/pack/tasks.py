@@ -36,29 +36,12 @@ from mcf.pack.progress import meter
 from mcf.pack.source import Candidate, LeftOut
 
 
-def task_of(options: PackConfig) -> tuple[int, int]:
-    """(which task this is, of how many), from the keys or from Slurm's array. Raises UserError where they do not fit."""
-    task, tasks = options.task, options.tasks
-    if task is None and tasks is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        number, first, step = (
-            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
-            for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"))
-        )
-        tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
-        task = (number - first) // max(1, step)
-    if (task is None) != (tasks is None):
-        raise UserError("task and tasks belong together; give both, like task=0 tasks=8, or none")
-    if task is not None and tasks is not None and task >= tasks:
-        raise UserError(f"task={task} of tasks={tasks}: tasks are counted from 0; give 0 to {tasks - 1}")
-    return (task or 0, tasks or 1)
-
-
 def pack_parts(
     source: Path, found: Sequence[Candidate | LeftOut], out: Path, options: PackConfig, workers: int
 ) -> Manifest | None:
     """Make this task's parts, and the whole once all are there. None if other tasks have parts to make."""
     inputs.check(options, inputs.tars_in(found))
-    task, tasks = task_of(options)
+    task, tasks = inputs.task_of(options)
     whole = inputs.survey(found, options)
     shared = _Folder(out, _settings(source, whole, options))
     with shared.joined():

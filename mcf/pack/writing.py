@@ -26,7 +26,7 @@ from PIL import Image, features
 import mcf
 from mcf.data.shards import Manifest, Shard, ShardWriter, index_path, load_manifest, rewrite, write_manifest
 from mcf.errors import UserError
-from mcf.pack import convert
+from mcf.pack import convert, inputs
 from mcf.pack.convert import Prepared
 from mcf.pack.journal import Journal, Record
 from mcf.pack.options import PackConfig
@@ -63,7 +63,7 @@ def pack(options: PackConfig) -> Manifest | None:
     source, out = _places(options)
     workers = options.workers or max(2, cores())
     found = list(Folder(source).walk())
-    if options.by_faces or any(item.name.lower().endswith(".tar") for item in found if isinstance(item, Candidate)):
+    if options.by_faces or inputs.tars_in(found):
         from mcf.pack.tasks import pack_parts  # needs torch and DALI; a folder is looked through without
 
         with _disk(out):
@@ -79,7 +79,7 @@ def _pack_folder(
         raise UserError(
             f"crop={options.crop} keeps whole images; take detections= and detector= away, or say crop=face"
         )
-    if (options.tasks or 1) > 1:
+    if inputs.task_of(options)[1] > 1:
         raise UserError(
             "tasks share tars, or faces to be cut out; a folder of whole images is packed by one: take tasks= away"
         )

@@ -64,3 +64,28 @@ def test_wrong_pictures_are_not_timed(folder, monkeypatch, capsys):
 def test_what_to_measure_must_be_said(argv, words, capsys):
     assert main(argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_rivals_do_the_same_work(folder, monkeypatch, capsys):
+    """Each of them gives pictures of the side and number it is asked for; the table has a row for each."""
+    pytest.importorskip("webdataset", reason="webdataset is not installed")
+    names = ["DALI webdataset", "webdataset, Pillow", "loose files, Pillow"]
+    out = folder / "numbers.json"
+    assert main(arguments(folder, "rivals=true", f"json_file={out}")) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(names) < set(rows)
+    assert all(rows[name]["images_per_s"][1] > 0 and rows[name]["images_per_cpu_s"][1] > 0 for name in names)
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+
+
+def test_a_rivals_picture_is_the_face_or_its_mirror(folder):
+    from mcf.bench.rivals import opened
+
+    jpeg = next(folder.glob("*.jpg")).read_bytes()
+    with Image.open(folder / "face.jpg") as image:
+        plain = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    seen = {
+        min((0, 1), key=lambda way: np.abs(opened(jpeg, 32) - (plain, plain[:, ::-1])[way]).max()) for _ in range(40)
+    }
+    assert seen == {0, 1}

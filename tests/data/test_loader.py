@@ -19,7 +19,6 @@ from PIL import Image
 from mcf.config import DataConfig
 from mcf.data.dali import Decoder
 from mcf.data.loader import Loader
-from mcf.data.shards import Shard, ShardWriter, index_path, write_manifest
 from mcf.errors import UserError
 
 BATCH, STREAMS, WINDOW, SIZE = 16, 8, 6, 32
@@ -371,25 +370,6 @@ sys.exit(3)
 
 
 # ------------------------------------------------------------------------------------------------------------- scale
-
-
-@pytest.fixture
-def twenty_millions(tmp_path):
-    """A folder of 2,000 shards of 10,000 samples each. One tar is written; the others are further names of it."""
-    folder = tmp_path / "twenty"
-    folder.mkdir()
-    jpegs = [make_jpeg(number) for number in range(8)]
-    with ShardWriter(folder / "shard-00000.tar") as writer:
-        for row in range(10_000):
-            writer.add(f"r{row}", jpegs[row % 8])
-        first = writer.close()
-    for number in range(1, 2000):
-        tar = folder / f"shard-{number:05d}.tar"
-        tar.hardlink_to(folder / first.name)
-        index_path(tar).hardlink_to(index_path(folder / first.name))
-    shards = [Shard(f"shard-{number:05d}.tar", 10_000, first.bytes, first.sha256) for number in range(2000)]
-    write_manifest(folder, shards, {})
-    return folder
 
 
 def test_the_first_batch_of_twenty_million_samples_comes_as_soon_after_a_restart(twenty_millions):

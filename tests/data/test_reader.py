@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from data_shards import make_jpeg
 from mcf.data.order import Order, Segment
 from mcf.data.reader import Reader, ShardFiles
 from mcf.data.shards import load_manifest
+from mcf.data.storage import Local
 
 
 def make(folder, *, rank=0, world_size=1, start=0, batch=8, streams=4, window=6, ahead=8, **more):
@@ -52,10 +54,8 @@ def test_one_read_a_window_and_shard_and_bounded_memory(shards, monkeypatch):
     folder = shards(64, 64, 64, 64, meta=False)
     reader = make(folder, batch=16, streams=4, window=16, ahead=8)
     reads = []
-    plain = ShardFiles._bytes
-    monkeypatch.setattr(
-        ShardFiles, "_bytes", staticmethod(lambda path, *a: reads.append(path.suffix) or plain(path, *a))
-    )
+    plain = Local.read
+    monkeypatch.setattr(Local, "read", lambda self, name, *a: reads.append(Path(name).suffix) or plain(self, name, *a))
     most = 0
     for _ in range(60):
         reader.take(4)
