@@ -285,4 +285,9 @@ def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        # Nothing is left to tidy up, and what libraries tidy up of half a group can hang, or abort, which would make a
+        # machine's failure of a user's mistake.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

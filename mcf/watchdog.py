@@ -76,6 +76,7 @@ class Watchdog:
         self._state = "running"
         self._writing = threading.Lock()
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def open(self, run_dir: Path) -> None:
         """Begin to leave heartbeats in a run directory; rank 0 makes it."""
@@ -99,7 +100,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         for run, name in ((self._watch, "mcf-watchdog"), (self._keep_beating, "mcf-heartbeat")):
-            threading.Thread(target=run, name=name, daemon=True).start()
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -109,6 +112,8 @@ class Watchdog:
         self._ended.set()
         self._state = "done" if kind is None else "failed"
         self._beat()
+        for thread in self._threads:
+            thread.join(2.0)  # not for ever: storage may hang
 
     # --- threads ----------------------------------------------------------------------------------------------------
 

@@ -160,12 +160,17 @@ def test_a_rank_that_sees_other_data_under_the_same_path_is_refused(run_dir):
 
 @pytest.mark.slow
 def test_files_are_opened_no_more_often_on_more_ranks(tmp_path):
-    """Resumed runs on 1, 2 and 4 ranks: recipe, manifest, checkpoint and teacher are rank 0's to open, and the index
-    of a shard is opened by the rank whose stream reads it. The sums do not depend on the number of ranks."""
+    """Resumed runs on 1, 2, 4 ranks, and 2 on two nodes: recipe, manifest, checkpoint and teacher are rank 0's to open,
+    and the index of a shard is opened by the rank whose stream reads it. The sums do not depend on the number of ranks;
+    a further node looks at the manifest once."""
     if shutil.which("strace") is None or subprocess.run(["strace", "-f", "true"], capture_output=True).returncode:
         if os.environ.get("MCF_REQUIRE_SLURM"):
             pytest.fail("strace is not there or may not trace, and nothing may be skipped for it")
         pytest.skip("needs strace, and the right to trace")
+    # A host name of its own is what makes a node.
+    node2 = ["unshare", "--uts", "sh", "-c", 'hostname node2 && exec "$@"', "sh"]
+    if subprocess.run([*node2, "true"], capture_output=True).returncode:
+        pytest.skip("cannot give a process another host name here")
     data, teacher = tmp_path / "shards", tmp_path / "teacher" / "teacher.safetensors"
     # Of 8 streams each reads one of the 8 shards, whole, as one window.
     tiny.shards(data, samples=240, per_shard=30)
@@ -183,28 +188,31 @@ def test_files_are_opened_no_more_often_on_more_ranks(tmp_path):
     assert tiny.run(tmp_path / "run") == 0, tiny.said(tmp_path / "run")
 
     total, others = {}, {}
-    for size in (1, 2, 4):
-        run_dir = tmp_path / f"run-{size}"
+    for size, nodes in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        run_dir = tmp_path / f"run-{size}-{nodes}"
         shutil.copytree(tmp_path / "run", run_dir)
         tiny.write_recipe(run_dir, values | {"gpus_per_node": size, "micro_batch": 8 // size})
-        traces = [tmp_path / f"trace-{size}-{rank}" for rank in range(size)]
+        traces = [tmp_path / f"trace-{size}-{nodes}-{rank}" for rank in range(size)]
         strace = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=open,openat,openat2", "-o"]
-        statuses, outputs = run_ranks(run_dir, size, before=[[*strace, str(trace)] for trace in traces])
+        before = [[*(node2 if rank == nodes - 1 > 0 else []), *strace, str(traces[rank])] for rank in range(size)]
+        # The second node's name is in no table of hosts.
+        statuses, outputs = run_ranks(run_dir, size, before=before, env=[{"GLOO_SOCKET_IFNAME": "lo"}] * size)
         assert statuses == [0] * size, outputs
         assert [e["step"] for e in read(run_dir / "events.jsonl") if e["kind"] == "resumed"] == [1]
         opens = [opened(trace, run_dir, data, teacher) for trace in traces]
-        total[size] = sum(opens, Counter())
-        others[size] = set().union(*opens[1:]) if size > 1 else set()
+        total[size, nodes] = sum(opens, Counter())
+        others[size, nodes] = set().union(*opens[1:])
 
     first = checkpoint.steps(tmp_path / "run")[0].name
     whole = {"recipe.yaml", "manifest.json", "teacher.safetensors", "shard-00000.index.npy", "shard-00000.tar"}
     whole |= {f"{first}/{name}" for name in ("MANIFEST.json", "run.json", "weights.safetensors")}
-    assert whole <= total[1].keys(), "the trace does not see what it should count"
-    assert total[2] == total[1]
-    assert total[4] == total[1]
+    assert whole <= total[1, 1].keys(), "the trace does not see what it should count"
+    assert total[2, 1] == total[1, 1]
+    assert total[4, 1] == total[1, 1]
+    assert total[2, 2] == total[1, 1] + Counter({"manifest.json": 1})
     # Beside their shards the other ranks open nothing of these.
-    for size in (2, 4):
-        assert {name.split(".", 1)[1] for name in others[size]} == {"index.npy", "tar"}, others[size]
+    for ranks in ((2, 1), (4, 1)):
+        assert {name.split(".", 1)[1] for name in others[ranks]} == {"index.npy", "tar"}, others[ranks]
 
 
 def opened(trace: Path, run_dir: Path, data: Path, teacher: Path) -> Counter[str]:

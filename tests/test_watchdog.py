@@ -404,6 +404,7 @@ def test_a_stopped_rank_ends_a_launched_run_and_leaves_no_process(tmp_path):
     assert lost(run_dir)["ranks"] == [1]
 
 
+@pytest.mark.slow
 def test_a_rank_whose_storage_hangs_is_named_and_slow_saves_are_not(tmp_path):
     """A FIFO in the place of an index is a file whose opening never returns, as on a file server that went away.
 
