@@ -333,6 +333,22 @@ def test_told_to_stop_it_saves_and_goes_on_later(places, tmp_path):
     assert checkpoint.step_of(checkpoint.latest(tmp_path / "told")) == event["step"]
 
 
+def test_through_the_launcher(run, places, tmp_path, capsys):
+    """A copy of the code, a lock, ranks as processes; the same results as in this process."""
+    keys = ("train.epochs=1", "pictures=0")
+    status, out, err = run("alignment", *keys, "mode=local", name="launched")
+    assert status == 0, out + err
+    assert "best_on_test" in out
+    assert (tmp_path / "launched/code/mcf/finetune.py").is_file()
+    assert run("alignment", *keys, name="direct")[0] == 0
+    results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("launched", "direct")]
+    assert results[0] == results[1]
+    status, out, err = run("alignment", *keys, "mode=print", "slurm.partition=faces", "gpus_per_node=2")
+    assert status == 0, err
+    assert "--partition=faces" in out and "--ntasks-per-node=2" in out and "mcf.finetune" not in err
+    assert "mode=local, which is this machine alone" in run("alignment", "mode=local", "nodes=2")[2]
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(places, tmp_path):
     """The same samples, statistics of BatchNorm over both ranks: the same losses up to the order of float32 sums."""
