@@ -10,16 +10,11 @@ Imports neither torch nor anything that does: a login node answers at once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import shlex
 import shutil
-import signal
-import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -28,15 +23,15 @@ from pydantic import Field
 from mcf import cli, slurm, snapshot
 from mcf.config import Recipe, Section
 from mcf.errors import UserError
-from mcf.follow import Stop, follow, follow_slurm
+from mcf.follow import follow_slurm
+from mcf.local import directory, run_here
 from mcf.lock import RunLock
 from mcf.machine import load_machine
 from mcf.plan import make_plan
-from mcf.submit import job_script, need_submitit, python_path, submit
-from mcf.task import JOBS, PORTS, TRAIN, Rank, restarts
+from mcf.submit import job_script, submit
+from mcf.task import JOBS, TRAIN, Rank, restarts
 
 RECIPE = "recipe.yaml"
-YEAR = 366 * 24 * 60  # minutes: a local job has no time limit, but submitit wants one
 
 
 class LaunchConfig(Section):
@@ -103,7 +98,7 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
         task = Rank((*command, f"run={run_dir}"), run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"), grace)
         if mode == "local":
             return run_here(recipe, run_dir, task, lock)
-        with _directory(run_dir):
+        with directory(run_dir):
             number = submit(recipe, run_dir, task)
         lock.add(slurm_job=number)
     print(
@@ -215,72 +210,6 @@ def changes(file: Path, recipe: Recipe) -> list[str]:
         return [f"  the recipe of the last launch is not readable any more ({error})"]
     now = cli.flatten(recipe)
     return [f"  {key}: {cli.render(before[key])} → {cli.render(now[key])}" for key in now if now[key] != before[key]]
-
-
-# --- this machine ---------------------------------------------------------------------------------------------------
-
-
-def run_here(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
-    """Run all ranks on this machine and follow rank 0; the exit status of the run."""
-    submitit = need_submitit()
-    jobs = run_dir / JOBS
-    executor = submitit.LocalExecutor(jobs)
-    executor.update_parameters(tasks_per_node=recipe.gpus_per_node, timeout_min=YEAR, stderr_to_stdout=True)
-    variables = {
-        "PYTHONPATH": python_path(run_dir),
-        "MASTER_PORT": str(_free_port()),
-        "SUBMITIT_LOG_LEVEL": "ERROR",
-    }
-    with Stop(jobs, patience=recipe.slurm.warn_seconds) as stop:
-        # In the run directory no `mcf` of the current directory hides the copy; SIGINT is the launcher's alone.
-        with submitit.helpers.clean_env(), _environment(variables), _directory(run_dir), _ignoring(signal.SIGINT):
-            job = executor.submit(task)
-        lock.add(pid=int(job.job_id))
-        return follow(job, run_dir, stop)
-
-
-def _free_port() -> int:
-    """A port to meet at, below Linux's dynamic ports (32768 on) so that no outgoing connection takes it."""
-    for _ in range(100):
-        port = random.SystemRandom().randrange(*PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise UserError("no free port between 20000 and 32000 on this machine; stop what holds them")
-
-
-# --- surroundings ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _directory(path: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(path)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-@contextlib.contextmanager
-def _ignoring(number: signal.Signals) -> Iterator[None]:
-    """Children that start here ignore the signal."""
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ DOORS = {
     "fsspec": {"mcf.data.storage"},
     "nvidia": {"mcf.data.dali"},
     "mlflow": {"mcf.track.mlflow"},
-    "submitit": {"mcf.launch", "mcf.submit"},
+    "submitit": {"mcf.submit"},
     "xformers": {"mcf.attention"},
     "triton": {"mcf.kernels.triton_or_none"},
     "matplotlib": {"mcf.kernels.bench.plots", "mcf.downstream.charts"},  # kernels import nothing of mcf: a door each
@@ -55,10 +55,10 @@ ARROWS = {
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot", "mcf.lock", "mcf.submit",
-        "mcf.task",
-        "mcf.follow",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot", "mcf.local", "mcf.lock",
+        "mcf.submit", "mcf.task", "mcf.follow",
     },
+    "mcf.local": {"mcf.config", "mcf.errors", "mcf.follow", "mcf.lock", "mcf.submit", "mcf.task"},
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
@@ -91,9 +91,13 @@ ARROWS = {
         "mcf.watchdog", "mcf.weights",
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
+    "mcf.finetuning": {
+        "mcf.checkpoint", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.guard", "mcf.state", "mcf.stop",
+        "mcf.track",
+    },
     "mcf.finetune": {
-        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.exits", "mcf.guard",
-        "mcf.state", "mcf.stop", "mcf.track",
+        "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning", "mcf.local",
+        "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task",
     },
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
@@ -110,7 +114,7 @@ LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
     "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
-    "mcf.predict", "mcf.downstream.config",
+    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.downstream.config",
 )  # fmt: skip
 
 

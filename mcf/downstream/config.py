@@ -16,6 +16,7 @@ from mcf.config import (
     Recipe,
     Section,
     Share,
+    SlurmConfig,
     TrackConfig,
     TrainConfig,
 )
@@ -81,7 +82,7 @@ class FinetuneConfig(Section):
     """Train a head for alignment or parsing on an encoder, and evaluate it by FaRL's protocol.
 
     For example: python -m mcf.finetune task=parsing dataset=lapa data=LaPa weights=runs/mine
-    On several ranks: torchrun or srun start one such process a GPU. A run that was cut off goes on when started again.
+    A run that was cut off goes on when it is started again with the same keys.
     """
 
     task: Literal["alignment", "parsing"] = Field(description="points of a face, or a class for each pixel")
@@ -100,6 +101,13 @@ class FinetuneConfig(Section):
     )
     name: str = Field("", description="name of the run; default TASK-DATASET", pattern=r"^([A-Za-z0-9][\w.+-]*)?$")
     output: str = Field("runs", description="folder of run directories")
+    mode: Literal["here", "local", "slurm", "print"] = Field(
+        "here",
+        description="here: this process is the run (or a rank of it, under torchrun or srun); local, slurm: through the "
+        "launcher, on this machine or as a Slurm job; print: show that job's script",
+    )
+    nodes: Positive = Field(1, description="machines (mode=slurm)")
+    gpus_per_node: Positive = Field(1, description="ranks a machine (mode=local, slurm)")
     seed: NonNegative = Field(0, lt=2**64, description="seed of head, order and augmentation")
     batch: Positive = Field(40, description="faces of a step over all ranks")
     micro_batch: Positive = Field(40, description="most faces a rank handles at once; the accumulation is derived")
@@ -120,6 +128,7 @@ class FinetuneConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     track: FinetuneTrackConfig = FinetuneTrackConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _fits(self):
@@ -137,15 +146,15 @@ class FinetuneConfig(Section):
         """Learning rate of pyramid and head before the drop."""
         return self.optimizer.lr or HEAD_LR[self.task]
 
-    def recipe(self, ranks: int) -> Recipe:
-        """What the engine and the tracker read of a run, as the recipe that they know."""
+    def recipe(self, ranks: int | None = None) -> Recipe:
+        """What launcher, engine and tracker read of a run, as the recipe that they know; for so many ranks, if given."""
         optimizer = self.optimizer
         return Recipe(
-            name=self.run_name, output=self.output, seed=self.seed, batch=self.batch,
-            micro_batch=self.micro_batch, gpus_per_node=ranks,
+            name=self.run_name, output=self.output, seed=self.seed, batch=self.batch, micro_batch=self.micro_batch,
+            nodes=self.nodes if ranks is None else 1, gpus_per_node=ranks or self.gpus_per_node,
             optimizer=OptimizerConfig(
                 lr=self.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
             ),
             train=TrainConfig(precision=self.train.precision, zero_stage=self.train.zero_stage),
-            checkpoint=self.checkpoint, guard=self.guard, track=self.track,
+            checkpoint=self.checkpoint, guard=self.guard, track=self.track, slurm=self.slurm,
         )  # fmt: skip
