@@ -57,7 +57,7 @@ def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, jo
     log = jobs / f"{job}_{first.rank}_log.out"
     if first.code in (USER_ERROR, UNAVAILABLE, RANK_LOST) and (said := told(log)):
         # The rank has said in one line what is to be done, or which rank was lost; what rank 0 said has been printed.
-        if said != told(jobs / f"{job}_0_log.out"):
+        if not has_told(jobs / f"{job}_0_log.out", said):
             print(f"{said} (rank {first.rank})", file=sys.stderr)
         print(f"stopped {took}; log: {log}", flush=True)
         return first.code
@@ -72,7 +72,16 @@ def _report_failure(first: Status | None, statuses: list[Status], jobs: Path, jo
 
 def told(log: Path) -> str:
     """The error line that a rank ended its log with; empty if it did not."""
+    lines = _errors(log)
+    return lines[-1] if lines else ""
+
+
+def has_told(log: Path, said: str) -> bool:
+    """Whether an error line stands in a log, with or without the rank behind it."""
+    return any(line.startswith(said) for line in _errors(log))
+
+
+def _errors(log: Path) -> list[str]:
     with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR)]
-        return lines[-1] if lines else ""
-    return ""
+        return [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR)]
+    return []

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from mcf import checkpoint, cli, slurm
 from mcf.config import Section
-from mcf.ending import TOLD, describe_end, first_to_fail, told
+from mcf.ending import TOLD, describe_end, first_to_fail, has_told, told
 from mcf.errors import UserError
 from mcf.exits import SAVED, USER_ERROR
 from mcf.output import ERROR
@@ -91,8 +91,8 @@ def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
     if not saved and first is not None:
         said = told(run_dir / JOBS / f"{job}_{first.rank}_log.out") if first.code in TOLD else ""
         if first.code == USER_ERROR:
-            # The rank has said what is to be done; here, too, if its log is another one.
-            if first.rank and said:
+            # The rank has said what is to be done; here, too, where rank 0 has not.
+            if said and not has_told(run_dir / JOBS / f"{job}_0_log.out", said):
                 print(f"{said} (rank {first.rank})", flush=True)
             return USER_ERROR
         if first.code == -signal.SIGINT:

@@ -84,7 +84,7 @@ class Cluster:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SRUN_"))}
         self.environment |= {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
         self.guardian = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("guardian.py"))],
+            [sys.executable, str(Path(__file__).with_name("guardian.py")), str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -114,7 +114,6 @@ class Cluster:
         assert self.guardian.stdin is not None
         self.guardian.stdin.close()
         self.guardian.wait(60)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _configure(self) -> None:
         for name in ("state", "devices"):

@@ -2,13 +2,15 @@
 
 Standard input brings a line of JSON a daemon ({"argv", "env", "log", "cwd"}), standard output answers with its process
 number. When the input ends, which a killed test brings about as well, everything that has been started is ended, with
-whatever it started in turn: as a subreaper this process is the parent of all that have lost their own.
+whatever it started in turn, and the folder named on the command line is removed. As a subreaper this process is the
+parent of all that have lost their own.
 """
 
 import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +55,7 @@ def main() -> None:
             )  # fmt: skip
         print(started.pid, flush=True)
     end_all()
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,13 @@ def test_nothing_is_left_behind(cluster, then):
 
         def all_are_there() -> bool:
             with contextlib.suppress(psutil.Error):
-                found.update(guardian.children(recursive=True))
-                return expected <= {process.name() for process in found}
+                now = guardian.children(recursive=True)
+                found.update(now)
+                # Of these objects, not of those found earlier: a process keeps its first name in psutil.
+                return expected <= {process.name() for process in now}
             return False
 
-        slurm.wait_for(all_are_there, "all processes")
+        slurm.wait_for(all_are_there, "all processes", 120)
         if "fail" in then:
             process.communicate("", timeout=60)
             assert process.returncode == 1
