@@ -140,8 +140,8 @@ def test_the_plan_knows_what_a_rank_keeps(counted, size, stage):
     memory = estimate_memory(config, count_parameters(config))
     kept = memory.weights + memory.optimizer + memory.momentum
     for rank in counted(size):
-        # 3 %: images, batch statistics, scalars; a moment or a gradient more than planned would be 10 % and more.
-        assert 0.97 * kept <= rank[stage]["held"] <= 1.03 * kept + memory.buffers
+        # 5 %: images, predictions, losses; a moment or a gradient more than planned would be 15 % and more.
+        assert 0.97 * kept <= rank[stage]["held"] <= 1.05 * kept + memory.buffers
 
 
 @pytest.mark.parametrize("stage", STAGES)
