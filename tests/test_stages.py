@@ -140,8 +140,8 @@ def test_the_plan_knows_what_a_rank_keeps(counted, size, stage):
     memory = estimate_memory(config, count_parameters(config))
     kept = memory.weights + memory.optimizer + memory.momentum
     for rank in counted(size):
-        # 3 %: images, batch statistics, scalars; a moment or a gradient more than planned would be 10 % and more.
-        assert 0.97 * kept <= rank[stage]["held"] <= 1.03 * kept + memory.buffers
+        # 5 %: images, predictions, losses; a moment or a gradient more than planned would be 15 % and more.
+        assert 0.97 * kept <= rank[stage]["held"] <= 1.05 * kept + memory.buffers
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -166,5 +166,5 @@ def test_the_plan_knows_what_passes_the_network(counted, size, stage):
     expected = count_traffic(recipe(size, stage))
     # Gloo has no reduce-scatter of its own: it reduces to all, which is twice the bytes; NCCL has one.
     total = expected.total + (expected.gradients if stage == 3 else 0)
-    # Headers, acknowledgements and the barriers are 3 to 7 % of such small messages.
+    # Headers, acknowledgements and the barriers are 1 to 7 % of such small messages.
     assert counted(size)[0][stage]["wire"] / size == pytest.approx(total, rel=0.1)

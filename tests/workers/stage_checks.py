@@ -126,48 +126,47 @@ def refused(world: distributed.World) -> dict:
 
 def bytes_(world: distributed.World) -> dict:
     """Bytes that a rank keeps and sends, under every stage, in float32."""
-    seen: dict = {}
-    for stage in STAGES:
-        # What earlier stages have left: DeepSpeed never lets go of an engine.
-        before = alive()
-        step = build(world, stage, **LARGE)
-        held: list[int] = []
-        gradients: list[int] = []
-        take = step.engine.step
+    return {stage: bytes_of(world, stage) for stage in STAGES}
 
-        def measured(*arguments, step=step, before=before, held=held, gradients=gradients, take=take, **named):
-            if step.engine.applied_steps == 2:
-                held.append(alive() - before - frozen(step))
-            gradients.append(sum(gradient.numel() for gradient in step.engine._stage.gradients()))
-            return take(*arguments, **named)
 
-        step.engine.step = measured
-        peaks: list[int] = []
+def bytes_of(world: distributed.World, stage: int) -> dict:
+    # What earlier stages have left: DeepSpeed does not let go of every engine.
+    before = alive()
+    step = build(world, stage, **LARGE)
+    held: list[int] = []
+    gradients: list[int] = []
+    peaks: list[int] = []
+    take = step.engine.step
 
-        def forward(*_, step=step, before=before, held=held):
-            if step.engine.applied_steps == 2:
-                held.append(alive() - before - frozen(step))
+    def note(*_) -> None:
+        if step.engine.applied_steps == 2:
+            held.append(alive() - before - frozen(step))
 
-        step.engine.module.register_forward_pre_hook(forward)
-        step.engine.module.register_forward_hook(lambda *_, peaks=peaks, step=step: peaks.append(whole(step)))
-        # Under stage 3 DeepSpeed watches two micro-batches before it fetches ahead.
-        for number in range(3):
-            assert step(number, batches(step, number)).applied
-        calls = Collectives()
-        distributed.barrier()
-        started = wire()
-        with calls:
-            step(3, batches(step, 3))
-        distributed.barrier()
-        sent = wire() - started
-        seen[stage] = {
-            "held": max(held), "between": alive() - before - frozen(step), "whole": peaks[-1], "calls": calls.seen,
-            "wire": sent, "gradients": gradients[-1],
-            "parameters": sum(t.numel() for t in step.engine.local_parameters().values()),
-            "momentum": sum(p.numel() for p in step.momentum.parameters()),
-            "moments": sum(m["exp_avg"].numel() for m in step.engine._stage.moments.values()),
-        }  # fmt: skip
-    return seen
+    def measured(*arguments, **named):
+        note()
+        gradients.append(sum(gradient.numel() for gradient in step.engine._stage.gradients()))
+        return take(*arguments, **named)
+
+    step.engine.step = measured
+    step.engine.module.register_forward_pre_hook(note)
+    step.engine.module.register_forward_hook(lambda *_: peaks.append(whole(step)))
+    # Under stage 3 DeepSpeed watches two micro-batches before it fetches ahead.
+    for number in range(3):
+        assert step(number, batches(step, number)).applied
+    calls = Collectives()
+    distributed.barrier()
+    started = wire()
+    with calls:
+        step(3, batches(step, 3))
+    distributed.barrier()
+    sent = wire() - started
+    return {
+        "held": max(held), "between": alive() - before - frozen(step), "whole": peaks[-1], "calls": calls.seen,
+        "wire": sent, "gradients": gradients[-1],
+        "parameters": sum(t.numel() for t in step.engine.local_parameters().values()),
+        "momentum": sum(p.numel() for p in step.momentum.parameters()),
+        "moments": sum(m["exp_avg"].numel() for m in step.engine._stage.moments.values()),
+    }  # fmt: skip
 
 
 def alive() -> int:
