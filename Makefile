@@ -47,7 +47,7 @@ gpu-check:
 install: $(STAMP)
 
 # The order matters: torch first, so that nothing else chooses a build of it; then what DeepSpeed's setup.py imports;
-# then DeepSpeed without build isolation, so that it sees that torch; then everything else.
+# then DeepSpeed without build isolation, so that it sees that torch; then everything else, which must leave torch alone.
 $(STAMP): setup.py
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10–3.13 on the path; name one with PYTHON=…" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -55,7 +55,8 @@ $(STAMP): setup.py
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -qq $(PIP_TORCH) "$(TORCH)"
 	$(BIN)/python -m pip install -qq "setuptools>=69" wheel packaging "numpy>=1.26,<3" ninja psutil py-cpuinfo
 	$(BIN)/python -m pip install -qq --no-build-isolation "deepspeed>=0.19,<0.20"
-	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[test]" \
+		"torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 	@touch $@
 
 clean:

@@ -29,7 +29,7 @@ setup(
         "triton>=3.6,<3.9",
         "nvidia-dali-cuda130>=2.1,<3",
         "submitit>=1.5.2,<2",
-        "xformers>=0.0.33,<0.1",
+        "xformers>=0.0.35,<0.1",
         "mlflow>=3.10,<4",
         "pyyaml>=6,<7",
         "pydantic>=2.7,<3",
@@ -43,7 +43,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "remote": ["s3fs>=2024.2"],
+        "remote": ["s3fs>=2025.2"],
         "detector": ["opencv-python-headless>=4.9"],
         "test": [
             "pytest>=8",
@@ -53,8 +53,8 @@ setup(
             "mypy>=1.15",
             "types-PyYAML",
             "scikit-learn>=1.4",
-            "moto[server]>=5",
-            "s3fs>=2024.2",
+            "moto[server]>=5.2",
+            "s3fs>=2025.2",
             "webdataset>=0.2.86",
             "opencv-python-headless>=4.9",
         ],
