@@ -16,4 +16,5 @@
 set -euo pipefail
 
 export OMP_NUM_THREADS=1 # a process a core; none needs threads of its own
-exec python -u -m mcf.pack workers="$SLURM_CPUS_PER_TASK" "$@"
+[[ "$*" == *workers=* ]] || set -- workers="${SLURM_CPUS_PER_TASK:-1}" "$@"
+exec python -u -m mcf.pack "$@"

@@ -7,12 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cluster as slurm
 import pytest
-import tiny
 from runs import require_slurm
 
-from mcf.data.shards import load_manifest
 from mcf.track.jsonl import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,31 +59,6 @@ def test_pretraining_by_sbatch_is_the_same_run(site, unbroken):
     assert len(site.starts("script")) == 2
     assert f'"mcf": "{site.runs}/script/code/mcf/__init__.py"' in (site.runs / "script/keys-1.jsonl").read_text()
     assert f"{site.runs / 'script'}; follow it with: " in (site.folder / f"slurm-{job}.out").read_text()
-
-
-@pytest.mark.slurm
-def test_packing_by_a_job_array(site):
-    images = site.folder / "images"
-    images.mkdir()
-    for i in range(60):
-        (images / f"{i:02d}.jpg").write_bytes(tiny.jpeg(i))
-    command = ["sbatch", "--array=0-2", "--cpus-per-task=1", "--time=5", str(ROOT / "slurm/pack.sh")]
-    command += ["source=images", "out=packed", "shard_samples=10"]
-    done = site.cluster.attempt(*command, cwd=site.folder, env=site.environment(0))
-    assert done.returncode == 0, done.stderr
-    job = re.search(r"batch job (\d+)", done.stdout)[1]
-    logs = [site.folder / f"slurm-{job}_{task}.out" for task in range(3)]
-    slurm.wait_for(lambda: not site.cluster.run("squeue", "--noheader", f"--jobs={job}"), "end of the array", 240)
-    said = [log.read_text() for log in logs]
-    manifest = load_manifest(str(site.folder / "packed"))
-    assert (manifest.samples, len(manifest.counts)) == (60, 6), said
-    # Each task packed its share: the same command in one process writes the same bytes.
-    done = site.cluster.attempt(
-        sys.executable, "-m", "mcf.pack", "source=images", "out=alone", "shard_samples=10", "workers=1", cwd=site.folder
-    )
-    assert done.returncode == 0, done.stderr
-    for shard in sorted((site.folder / "alone").glob("*.tar")):
-        assert shard.read_bytes() == (site.folder / "packed" / shard.name).read_bytes()
 
 
 @pytest.mark.slurm
