@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mcf.weights.sources import Encoder
 
 SUFFIXES = {"timm": (".safetensors", ".pth", ".pt"), "onnx": (".onnx",)}
+PIPELINES = {"alignment": "keypoint-detection", "parsing": "image-segmentation"}  # the Hub's names of the tasks
 # Of the last line of metrics before a checkpoint: what says nothing of the weights.
 _NO_METRICS = ("step", "samples", "time", "rate/", "memory/", "time/")
 
@@ -209,9 +210,9 @@ def finetuned_card(config: ExportConfig, description: dict[str, Any]) -> Card:
         what=f"A network for face {description['task']}: RGB images in [0, 1] of {side} × {side} pixels, cut around a face as in "
         f"training ({', '.join(f'{name} {value}' for name, value in cut.items())}; mcf.predict does it), to logits: {meaning}.",
         use=use, trained=[("data set", description["dataset"]), ("epoch of the weights", str(description["epoch"]))],
-        metrics=metrics, recipe=_public(recipe), terms=card.finetuned_terms(description["dataset"], recipe.get("weights")),
+        metrics=metrics, recipe=_public(recipe), terms=card.finetuned_terms(recipe.get("data") or description["dataset"], recipe.get("weights")),
         measured="On the test set. `selected` is the epoch that a comparison may use; `best_on_test` was chosen on the test set.",
-        tags=["onnx", description["task"]],
+        tags=["onnx", description["task"]], pipeline=PIPELINES[description["task"]],
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ class Card:
     """What a card says.
 
     file: name of the weights. title, what: a heading, and sentences. use: Python that opens the file. trained: rows of
-    (name, value). metrics: numbers by name. recipe: all keys of the run, as plain values. terms: notes on licences.
+    (name, value). metrics: numbers by name. recipe: keys of the run, as plain values. terms: notes on licences.
+    pipeline: what the Hub calls such a task.
     """
 
     file: str
@@ -42,10 +43,11 @@ class Card:
     recipe: Mapping[str, Any]
     terms: list[str]
     tags: list[str] = field(default_factory=list)
+    pipeline: str = "image-feature-extraction"
 
     def text(self) -> str:
         """The card, Markdown."""
-        front = {"license": "other", "tags": ["mcf", "face", *self.tags], "pipeline_tag": "image-feature-extraction"}
+        front = {"license": "other", "tags": ["mcf", "face", *self.tags], "pipeline_tag": self.pipeline}
         parts = [
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{_mark(self.file)}\n# {self.title}",
             self.what,
@@ -66,7 +68,7 @@ class Card:
 
 
 def write(card: Card, folder: Path) -> Path:
-    """Write a card into a folder as README.md, or as FILE.README.md where a README.md of something else is. Returns its path.
+    """Write a card into a folder as README.md, or as FILE.README.md beside a README.md of something else. Returns its path.
 
     Raises UserError if it cannot be written.
     """

@@ -187,6 +187,7 @@ def test_an_onnx_head_computes_the_same(finetuned, tmp_path, task):
     torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=0, atol=1e-4 * max(1.0, float(ours.abs().max())))
     card = (tmp_path / "README.md").read_text()
     assert "| `selected/nme` | 3.25 |" in card and f"Face {task} as on csv" in card
+    assert {"alignment": "keypoint-detection", "parsing": "image-segmentation"}[task] in card.split("---")[1]
 
 
 def test_an_onnx_file_that_computes_something_else_is_not_written(tmp_path):
