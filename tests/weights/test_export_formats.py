@@ -98,6 +98,7 @@ def test_transformers_opens_the_folder_strictly_and_computes_the_same(trained, v
     }  # fmt: skip
     model, told = ViTModel.from_pretrained(out, add_pooling_layer=False, output_loading_info=True)
     assert not any(told.values()), told
+    assert model.config.layer_norm_eps == 1e-6, "no output shows it clearly"
     assert isinstance(AutoModel.from_pretrained(out), ViTModel)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
