@@ -45,6 +45,7 @@ setup(
     extras_require={
         "remote": ["s3fs>=2025.2"],
         "detector": ["opencv-python-headless>=4.9"],
+        "onnx": ["onnxscript>=0.6", "onnxruntime>=1.23"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -57,6 +58,9 @@ setup(
             "s3fs>=2025.2",
             "webdataset>=0.2.86",
             "opencv-python-headless>=4.9",
+            "onnxscript>=0.6",
+            "onnxruntime>=1.23",
+            "transformers>=5,<6",
         ],
     },
 )

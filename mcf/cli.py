@@ -41,7 +41,7 @@ VERBS = {
     "train": "what every rank of a run does; run=RUN_DIR is what mcf.launch gives it",
     "task": "one rank of a run in a batch script of one's own: mcf.train, watched",
     "job": "what a batch script does before and after srun: look at the nodes, go back to the queue",
-    "export": "write an encoder of a run as a ViT with timm's names",
+    "export": "write what a run has learned for timm, transformers or ONNX, with a model card",
     "convert": "turn weights of MoCo v3, MAE, timm or the released MCF into a ViT with timm's names",
     "parity": "compare one training step with golden numbers of the reference",
     "bench": "measure images/s of the data's way or of the training step",

@@ -18,6 +18,8 @@ DOORS = {
     "submitit": {"mcf.submit"},
     "xformers": {"mcf.attention"},
     "triton": {"mcf.kernels.triton_or_none"},
+    "onnxscript": {"mcf.weights.onnx"},
+    "onnxruntime": {"mcf.weights.onnx"},
     "matplotlib": {"mcf.kernels.bench.plots", "mcf.downstream.charts"},  # kernels import nothing of mcf: a door each
 }
 # Module or package → what of mcf it may import (itself and its own package always). The longest row that fits holds.
@@ -102,14 +104,17 @@ ARROWS = {
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
-    "mcf.export": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
+    "mcf.export": {
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.downstream.saved", "mcf.errors", "mcf.models", "mcf.track.jsonl",
+        "mcf.weights",
+    },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
         "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
         "mcf.plan", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip
-NEVER = {"torchvision", "timm"}
+NEVER = {"torchvision", "timm", "transformers"}
 LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",

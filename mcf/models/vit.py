@@ -158,7 +158,7 @@ class VisionTransformer(nn.Module):
         table = self.pos_embed[0, 1:]
         tokens = tokens + (table if ids is None else table[ids])
         first = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Normalised output tokens [B, 1+K, width] of the visible patches `ids`, class token first.

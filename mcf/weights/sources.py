@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mcf import checkpoint
 from mcf.errors import UserError
 from mcf.weights import files
-from mcf.weights.reference import from_reference
+from mcf.weights.reference import from_reference, theirs
 from mcf.weights.vit import ViTShape, check
 
 NESTS = ("state_dict", "model", "module")
@@ -83,6 +84,21 @@ def read_checkpoint(path: str | Path, branch: str, *, where: str) -> Encoder:
     return _encoder(
         tensors, {"heads": str(heads)}, f"{where}: {file.name} of {folder.name}", f"{BRANCHES[branch]} of {folder}"
     )
+
+
+def read_decoder(folder: Path, *, where: str) -> dict[str, Tensor]:
+    """The decoder of an own checkpoint under the names that MAE and the released MCF give it (`decoder_*`, `mask_token`).
+
+    Raises UserError if the file is damaged, has no decoder, or holds numbers that are not finite.
+    """
+    where = f"{where}: weights.safetensors of {folder.name}"
+    inside = _only(files.read(folder / "weights.safetensors", where=where).content, "decoder.")
+    if not inside:
+        raise UserError(f"{where}: no decoder in it; give a checkpoint of mcf's pre-training")
+    for name, tensor in inside.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: decoder.{name} holds NaN or infinite values; give an earlier checkpoint")
+    return {theirs(f"student.decoder.{name}"): tensor for name, tensor in inside.items()}
 
 
 def find_checkpoint(path: str | Path, *, where: str) -> Path:

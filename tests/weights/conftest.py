@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcf import checkpoint, state
+from mcf.config import Recipe
+from mcf.models.mcf import MCF
+from mcf.models.momentum import MomentumBranch
+
 
 @dataclass(frozen=True)
 class SmallViT:
@@ -88,3 +93,25 @@ def one_line() -> Callable[[object], str]:
         return text
 
     return check
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(run directory, student, momentum branch) of a small run whose two branches differ, saved as training saves it."""
+    recipe = Recipe.model_validate({
+        "model": {"image_size": 32, "patch_size": 8, "width": 48, "depth": 3, "heads": 3,
+                  "decoder": {"width": 32, "depth": 1, "heads": 2}, "projection": {"hidden": 16, "dim": 8}},
+    })  # fmt: skip
+    torch.manual_seed(3)
+    student = MCF(recipe.model)
+    momentum = MomentumBranch(student)
+    with torch.no_grad():
+        for module in (student, momentum):
+            for parameter in module.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    engine = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
+    with checkpoint.save(tmp_path / "run", 5, keep=1) as folder:
+        state.write(
+            folder, recipe, state.Progress(step=5), engine | {"exp_avg.x": torch.zeros(1)}, momentum.state_dict()
+        )
+    return tmp_path / "run", student, momentum

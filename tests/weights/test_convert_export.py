@@ -12,10 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mcf import checkpoint, convert, export, state
-from mcf.config import Recipe
-from mcf.models.mcf import MCF
-from mcf.models.momentum import MomentumBranch
+from mcf import convert, export
 
 
 class IndependentBlock(nn.Module):
@@ -53,28 +50,6 @@ class IndependentViT(nn.Module):
         x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
-
-
-@pytest.fixture
-def trained(tmp_path):
-    """(run directory, student, momentum branch) of a small run whose two branches differ, saved as training saves it."""
-    recipe = Recipe.model_validate({
-        "model": {"image_size": 32, "patch_size": 8, "width": 48, "depth": 3, "heads": 3,
-                  "decoder": {"width": 32, "depth": 1, "heads": 2}, "projection": {"hidden": 16, "dim": 8}},
-    })  # fmt: skip
-    torch.manual_seed(3)
-    student = MCF(recipe.model)
-    momentum = MomentumBranch(student)
-    with torch.no_grad():
-        for module in (student, momentum):
-            for parameter in module.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    engine = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
-    with checkpoint.save(tmp_path / "run", 5, keep=1) as folder:
-        state.write(
-            folder, recipe, state.Progress(step=5), engine | {"exp_avg.x": torch.zeros(1)}, momentum.state_dict()
-        )
-    return tmp_path / "run", student, momentum
 
 
 @pytest.mark.parametrize("branch", ["encoder", "momentum"])
