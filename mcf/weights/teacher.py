@@ -26,10 +26,12 @@ def load_teacher(
     config: TeacherConfig, *, image_size: int, attention: str = "auto", kernels: str = "auto", seed: int = 0
 ) -> Teacher | None:
     """The frozen teacher of a recipe, or None for `source=none`: `read_teacher`, then `build_teacher`."""
-    state = read_teacher(config, image_size=image_size, seed=seed)
-    if state is None:
-        return None
-    return build_teacher(state, config, image_size=image_size, attention=attention, kernels=kernels)
+    # What the modules draw before they are given their weights is nobody's business.
+    with torch.random.fork_rng(devices=[]):
+        state = read_teacher(config, image_size=image_size, seed=seed)
+        if state is None:
+            return None
+        return build_teacher(state, config, image_size=image_size, attention=attention, kernels=kernels)
 
 
 def build_teacher(
