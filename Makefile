@@ -29,7 +29,8 @@ demo: $(STAMP)
 	@$(BIN)/python -m mcf.demo $(if $(DATA),data="$(DATA)") $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	@# Two processes: Slurm's tests mostly wait, and leave a core to all others.
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

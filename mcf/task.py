@@ -16,6 +16,7 @@ import ctypes
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -205,8 +206,7 @@ class Rank:
         status.write(path)
         deadline = None
         fence = time.monotonic() + FENCE
-        while child.poll() is None:
-            time.sleep(POLL)
+        while not _ends_within(child, POLL):
             if local and deadline is None and (dead := self._dead_peer(here)) is not None:
                 status.because, deadline = dead, time.monotonic() + self.grace
             if deadline is not None and time.monotonic() > deadline:
@@ -230,6 +230,20 @@ class Rank:
             if peer.rank != here.rank and failed:
                 return peer.rank
         return None
+
+
+def _ends_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process has ended, waiting for it; seen at once, so that of two ranks the first to end is known."""
+    try:
+        handle = os.pidfd_open(child.pid)  # Linux 5.3
+    except (AttributeError, OSError):
+        time.sleep(seconds)
+        return child.poll() is not None
+    try:
+        select.select([handle], [], [], seconds)
+    finally:
+        os.close(handle)
+    return child.poll() is not None
 
 
 def kill_group(leader: int) -> None:

@@ -47,7 +47,7 @@ class Site:
         (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
 
     def environment(self, pace: float) -> dict[str, str]:
-        """Environment of a user whose steps take `pace` seconds (pace/sitecustomize.py)."""
+        """Environment of a user whose steps take `pace` seconds in a job's first start (pace/sitecustomize.py)."""
         return {
             "PYTHONPATH": str(PACE),
             "MCF_TEST_PACE": str(pace),

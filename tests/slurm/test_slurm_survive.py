@@ -5,6 +5,7 @@ the run that nothing happened to.
 """
 
 import os
+import re
 import signal
 
 import cluster as slurm
@@ -84,7 +85,8 @@ def test_a_killed_rank(site, unbroken):
     site.wait_for_end("rank", job)
     check_unharmed(site, "rank", unbroken, starts=2)
     (event,) = site.events("rank", "requeued")
-    assert event["why"] == "rank 1 was killed by SIGKILL (out of memory?)"
+    # Told by the one that watched it, as a rule, or by rank 0, to which it no longer answers.
+    assert re.fullmatch(r"rank 1 (was killed by SIGKILL \(out of memory\?\)|\(.*\) has died; .*)", event["why"])
 
 
 def test_a_stuck_rank(site, unbroken):
@@ -120,20 +122,23 @@ def test_a_node_that_is_lost_while_its_processes_live_on(site, unbroken):
     finally:
         site.cluster.start(node)
         slurm.wait_for(lambda: site.cluster.states()[node] == "idle", f"{node} back", 120)
-    check_unharmed(site, "lost", unbroken, starts=2, lost=100)
+    check_unharmed(site, "lost", unbroken, starts=2)
 
 
 def test_a_lost_node_of_two(site, unbroken):
-    job = site.submit("half", "nodes=2", pace=PACE)
-    site.wait_for_step("half", 6)
+    """The batch script's own node falls silent; the run outlasts SlurmdTimeout, which ends the ranks of the other one."""
+    job = site.submit("half", "nodes=2", pace=4)
+    site.wait_for_step("half", 2)
     node = site.cluster.job(job)["BatchHost"]
     site.cluster.kill(node)
     try:
         site.wait_for_end("half", job)
+        nodes = site.cluster.job(job)["NodeList"]
+        assert node not in site.cluster.run("scontrol", "show", "hostnames", nodes).split()
     finally:
         site.cluster.start(node)
         slurm.wait_for(lambda: site.cluster.states()[node] == "idle", f"{node} back", 120)
-    assert site.numbers("half") == site.numbers(unbroken)
+    check_unharmed(site, "half", unbroken, starts=2)
 
 
 def test_a_controller_that_dies_and_comes_back(site, unbroken):

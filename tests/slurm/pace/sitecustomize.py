@@ -1,8 +1,8 @@
 """Python reads this at its start, because the tests of Slurm put its folder on PYTHONPATH: it paces the trainer.
 
 The real trainer takes milliseconds a step of a tiny model: too fast to be interrupted at a known place. Here each step
-ends with a pause of MCF_TEST_PACE seconds, and the keys of its samples are written to RUN/keys-RANK.jsonl. With
-MCF_TEST_DIES in the environment it does not even begin. Steps of mcf.finetune are paced alike.
+of a job's first start ends with a pause of MCF_TEST_PACE seconds, and the keys of its samples are written to
+RUN/keys-RANK.jsonl. With MCF_TEST_DIES in the environment it does not even begin. Steps of mcf.finetune are paced alike.
 """
 
 import os
@@ -28,7 +28,8 @@ elif "mcf.train" in sys.orig_argv and "MCF_TEST_PACE" in os.environ:
         record = {"start": start, "step": step + 1, "keys": outcome.keys, "mcf": mcf.__file__}
         with (_run / f"keys-{os.environ['RANK']}.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        time.sleep(float(os.environ["MCF_TEST_PACE"]))
+        if start == 0:
+            time.sleep(float(os.environ["MCF_TEST_PACE"]))
         return outcome
 
     Step.__call__ = _paced
