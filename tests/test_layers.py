@@ -110,7 +110,7 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
+        "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
         "mcf.plan", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -25,8 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mcf import cli, distributed, kernels
+from mcf.bench import parts, trace
 from mcf.bench.plain import PlainMCF
 from mcf.config import NonNegative, Positive, Recipe, Section
+from mcf.costs import count_flops
 from mcf.data.loader import Batch
 from mcf.distributed import World
 from mcf.errors import UserError
@@ -58,23 +61,34 @@ class StepConfig(Section):
     warmup: NonNegative = Field(1, description="steps before the clock starts")
     threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
     compare: Literal["none", "reference"] = Field("none", description="take turns with the reference's plain step")
+    parts: bool = Field(False, description="time each part of our step, and its share of the machine's matmul rate")
+    profile: str | None = Field(None, description="file for a trace of one more step (chrome://tracing, Perfetto)")
     json_file: str | None = Field(None, description="file for the numbers; they are printed in any case")
 
 
 @dataclass
 class Contestant:
-    """A program of the step: `step(index)` takes one, and gives its unweighted losses and `total`."""
+    """A program of the step: `step(index)` takes one, and gives its unweighted losses and `total`.
+
+    clock: its stopwatch if its parts are timed; parts: what that showed at each timed step.
+    """
 
     name: str
     step: Callable[[int], dict[str, float]]
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)
+    clock: parts.Stopwatch | None = None
+    parts: list[dict[str, float]] = field(default_factory=list)
 
     def run(self, index: int, device: torch.device, *, timed: bool) -> None:
         """One step, on the clock or not."""
         start, cpu = _now(device), time.process_time()
+        if self.clock:
+            self.clock.start()
         losses = self.step(index)
+        if self.clock and timed:
+            self.parts.append(self.clock.stop())
         seconds, cpu_seconds = _now(device) - start, time.process_time() - cpu
         self.losses.append(losses)
         if timed:
@@ -92,13 +106,22 @@ def main(argv: list[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     world = distributed.join()
-    contestants = prepare(recipe, world, compare=config.compare == "reference")
+    contestants = prepare(
+        recipe, world, compare=config.compare == "reference", watched=config.parts or config.profile is not None
+    )
     for index in range(config.warmup + config.steps):
         # Each goes first in turn: what the first leaves in the caches helps or harms the other.
         for contestant in contestants[:: 1 if index % 2 else -1]:
             contestant.run(index, world.device, timed=index >= config.warmup)
     result = report(contestants, recipe, config, world.device)
     print(table(result))
+    if config.parts:
+        print(parts.table(result["parts"], result["rates"], result["matmul_rate"]))
+    if config.profile:
+        found = trace.record(lambda: contestants[0].step(config.warmup + config.steps), config.profile)
+        result["launches"] = sum(found["launches"].values())
+        print(trace.table(found))
+        print(f"trace: {config.profile}")
     print(json.dumps(result))
     if config.json_file:
         Path(config.json_file).write_text(json.dumps(result, indent=1) + "\n")
@@ -108,8 +131,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(recipe: Recipe, world: World, *, compare: bool) -> list[Contestant]:
-    """Build the contestants (ours, then the reference's if it is to be compared) from the same weights and images."""
+def prepare(recipe: Recipe, world: World, *, compare: bool, watched: bool = False) -> list[Contestant]:
+    """Build the contestants (ours, then the reference's if it is to be compared) from the same weights and images.
+
+    watched: ours has a stopwatch for its parts.
+    """
     size = recipe.model.image_size
     generator = torch.Generator().manual_seed(recipe.seed)
     images = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, generator=generator)
@@ -123,7 +149,8 @@ def prepare(recipe: Recipe, world: World, *, compare: bool) -> list[Contestant]:
     )
     frozen = {} if teacher is None else {name: tensor.clone() for name, tensor in teacher.vit.state_dict().items()}
     ours = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), teacher, world)
-    contestants = [Contestant("mcf", lambda index: _ours(ours, index, batch(index)))]
+    clock = parts.watch(ours) if watched else None
+    contestants = [Contestant("mcf", lambda index: _ours(ours, index, batch(index)), clock=clock)]
     if compare:
         student = dict(ours.engine.module.state_dict()) | ours.engine.local_parameters()
         weights = to_reference(student, ours.momentum.state_dict(), frozen)
@@ -197,12 +224,23 @@ def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, de
     if len(contestants) == 2:
         # Of neighbours in time, which a machine shared with others slows alike.
         ratio = statistics.median(b / a for a, b in zip(contestants[0].seconds, contestants[1].seconds))
-    return {
+    result = {
         "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": config.precision,
         "zero_stage": recipe.train.zero_stage,
         "device": _machine(device), "threads": torch.get_num_threads(), "steps": config.steps,
         "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
+        "peak_memory": _peak_memory(device),
     }  # fmt: skip
+    if config.parts:
+        flops, seconds = count_flops(recipe), parts.medians(contestants[0].parts)
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        result |= {
+            "parts": seconds,
+            "rates": parts.rates(seconds, flops, recipe.batch),
+            "flops": recipe.batch * flops.total,
+            "matmul_rate": parts.matmul_rate(device, dtype),
+        }
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -218,6 +256,7 @@ def table(result: dict[str, Any]) -> str:
             f"{name:12}{row['images_per_second']:10.2f}{row['best']:8.2f}{seconds:9.3f}{row['cpu_seconds']:12.3f}"
             f"{row['first_losses']['total']:12.5f}"
         )
+    lines.append(f"most memory held: {result['peak_memory'] / 2**20:.0f} MiB")
     if result["ratio"] is not None:
         lines.append(f"mcf is {result['ratio']:.2f} times as fast (median over pairs of neighbouring steps)")
     return "\n".join(lines)
@@ -251,6 +290,13 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that were held: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _machine(device: torch.device) -> str:
