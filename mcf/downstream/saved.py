@@ -67,7 +67,8 @@ def write(path: Path, network: Network, description: Description) -> None:
 def is_finetuned(path: Path) -> bool:
     """Whether a path means a fine-tuned model: its file, its run directory, or a checkpoint of such a run."""
     if path.is_dir():
-        return (path / FILE).is_file() or (path / "average.safetensors").is_file()
+        # A folder for transformers has a file of the same name.
+        return (path / "average.safetensors").is_file() or is_finetuned(path / FILE)
     return path.is_file() and _metadata(path) is not None
 
 

@@ -18,6 +18,7 @@ from mcf.config import Recipe
 from mcf.downstream import saved
 from mcf.downstream.config import HeadConfig
 from mcf.downstream.network import Backbone, Decoder, Network
+from mcf.downstream.saved import is_finetuned
 from mcf.errors import UserError
 from mcf.models.vit import VisionTransformer
 
@@ -96,6 +97,7 @@ def test_transformers_opens_the_folder_strictly_and_computes_the_same(trained, v
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "preprocessor_config.json", "README.md",
     }  # fmt: skip
+    assert not is_finetuned(out), "a fine-tuned model has a file of that name too"
     model, told = ViTModel.from_pretrained(out, add_pooling_layer=False, output_loading_info=True)
     assert not any(told.values()), told
     assert model.config.layer_norm_eps == 1e-6, "no output shows it clearly"
