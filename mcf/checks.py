@@ -5,13 +5,15 @@ Each check is one function that raises UserError with the keys, their values and
 
 from __future__ import annotations
 
+import re
+
 from mcf.config import Recipe
 from mcf.errors import UserError
 
 
 def check(recipe: Recipe) -> None:
     """Raise UserError for the first impossible combination of keys."""
-    for part in (_batch, _streams, _mask, _losses, _contrast, _teacher, _schedule, _rest):
+    for part in (_batch, _streams, _mask, _losses, _contrast, _teacher, _schedule, _probe, _rest):
         part(recipe)
 
 
@@ -145,6 +147,26 @@ def _schedule(r: Recipe) -> None:
         )
     if r.optimizer.min_lr > peak_lr(r):
         raise UserError(f"optimizer.min_lr={r.optimizer.min_lr:g} is above the learning rate {peak_lr(r):g}; lower it")
+
+
+def _probe(r: Recipe) -> None:
+    if r.probe.every and r.probe.data is None:
+        raise UserError(
+            f"probe.every={r.probe.every} needs probe.data: a folder of labelled faces; set it, or probe.every=0"
+        )
+    check_group(r.probe.group, "probe.group")
+
+
+def check_group(group: str | None, key: str) -> None:
+    """Refuse a pattern for groups of faces that is no regular expression, or captures nothing."""
+    if group is None:
+        return
+    try:
+        captures = re.compile(group).groups
+    except re.error as error:
+        raise UserError(f"{key}={group}: no regular expression ({error}); use one like ^(.*)_") from None
+    if not captures:
+        raise UserError(f"{key}={group}: captures nothing; put what names a group in brackets, like ^(.*)_")
 
 
 def _rest(r: Recipe) -> None:

@@ -242,7 +242,7 @@ class WatchdogConfig(Section):
         "heartbeats come sixty times as often, 0.5 to 10 s apart",
     )
     slow_timeout: float = Field(
-        1800.0, gt=0, le=7200, description="the same for the start, the first step, saving and the end, which may take long"
+        1800.0, gt=0, le=7200, description="the same for the start, the first step, probing, saving and the end, which may take long"
     )  # fmt: skip
 
 
@@ -256,6 +256,32 @@ class TrackConfig(Section):
     images_every: NonNegative = Field(1000, description="steps between two pictures of reconstructions (0: none)")
     images: Positive = Field(6, description="faces in such a picture")
     queue: Positive = Field(1000, description="metric records kept for a tracking server that does not answer")
+
+
+class ProbeKeys(Section):
+    """What is asked of an encoder's features on labelled faces."""
+
+    data: str | None = Field(
+        None, description="folder with images/ and train.csv, test.csv (or dev.csv), or one faces.csv or landmarks.csv: "
+        "columns file, labels, x0, y0, … in pixels"
+    )  # fmt: skip
+    label: str = Field("person", description="column that the k nearest neighbours and the linear probe tell")
+    group: str | None = Field(
+        None,
+        description="regular expression whose first group, out of a file's name without its ending, names what must not "
+        "find itself; by default the person for other labels than person, and for it the person's video: the number that the "
+        "name ends in, without its last digit",
+    )
+    branch: Literal["encoder", "momentum"] = Field("encoder", description="which encoder is probed")
+    features: Literal["cls", "mean"] = Field("cls", description="the class token, or the mean of the patch tokens")
+    neighbours: Positive = Field(1, description="nearest neighbours that vote, each with weight exp(cosine / 0.07)")
+    faces: int = Field(2000, ge=10, le=20_000, description="about how many faces are used, whole people at a time")
+
+
+class ProbeConfig(ProbeKeys):
+    """Probes of the encoder while it trains; their numbers stand beside the losses."""
+
+    every: NonNegative = Field(0, description="steps between two probes, and one at the end (0: none)")
 
 
 class SlurmConfig(Section):
@@ -313,6 +339,7 @@ class Recipe(Section):
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     track: TrackConfig = TrackConfig()
+    probe: ProbeConfig = ProbeConfig()
     slurm: SlurmConfig = SlurmConfig()
 
     @property

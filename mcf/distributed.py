@@ -253,6 +253,15 @@ def gather(tensor: Tensor) -> Tensor:
     return result
 
 
+def gather_on(tensor: Tensor, rank: int) -> Tensor | None:
+    """`gather` for what one rank alone has room for: [W, …] on `rank`, None on the others."""
+    tensor = tensor.detach().contiguous()
+    size, here = dist.get_world_size(), dist.get_rank() == rank
+    parts = [torch.empty_like(tensor) for _ in range(size)] if here else None
+    dist.gather(tensor, parts, dst=rank)
+    return torch.stack(parts) if parts is not None else None
+
+
 def gather_objects(value: T) -> list[T]:
     """Any picklable value of every rank, in the order of ranks."""
     values: list[Any] = [None] * dist.get_world_size()

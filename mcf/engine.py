@@ -183,6 +183,16 @@ class Engine:
         """
         return {name: self._stage.local(parameter) for name, parameter in self._parameters.items()}
 
+    @torch.no_grad()
+    def whole(self, prefix: str) -> dict[str, Tensor]:
+        """Whole float32 parameters and buffers of the part of the module that `prefix` (`encoder.`) opens, without it.
+
+        On every rank, to be read and not to be written. Collective under stage 3.
+        """
+        parts = {name: self._stage.read(p, None) for name, p in self._parameters.items() if name.startswith(prefix)}
+        parts |= {name: buffer for name, buffer in self._buffers().items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor.detach() for name, tensor in parts.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """All state of training, full and on the CPU on rank 0; empty elsewhere. Collective.
 

@@ -35,7 +35,7 @@ _FREE = (
     "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
     "data.samples", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
     "train.zero_stage", "train.threads", "train.log_every", "checkpoint", "guard", "watchdog",
-    "track", "slurm",
+    "track", "probe", "slurm",
 )  # fmt: skip
 
 

@@ -142,6 +142,13 @@ class Step:
         """p ← m·p + (1−m)·p_encoder, each rank on what it holds: under ZeRO-3 on its pieces."""
         self.momentum.update(self.engine.local_parameters(), m)
 
+    def encoder(self, branch: str) -> dict[str, Tensor]:
+        """Whole tensors of the encoder, or of the momentum encoder, by timm's names: on every rank, to be read only.
+
+        Collective under ZeRO-3.
+        """
+        return self.momentum.whole_encoder() if branch == "momentum" else self.engine.whole("encoder.")
+
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step."""
         return schedule.learning_rate(step, self.plan, self.recipe.optimizer)

@@ -27,6 +27,7 @@ from mcf.guard import Guard
 from mcf.meters import Meters
 from mcf.models.teacher import Teacher
 from mcf.plan import make_plan
+from mcf.probing.probe import Probe
 from mcf.spread import Spread
 from mcf.step import Outcome, Step
 from mcf.stop import StopSignal
@@ -64,6 +65,8 @@ class Training:
         if found is not None:
             state.check_same_teacher(self.progress, identity, recipe)
         self.progress.teacher = identity
+        mark("reading probe")
+        self.probe = Probe(recipe.probe, world, recipe.model.image_size) if recipe.probe.every else None
         mark("building")
         self.step = Step(recipe, self.plan, teacher, world, mark)
         self.resumed = found is not None
@@ -125,9 +128,10 @@ class Training:
 
                 told = distributed.any_rank(stop.received)
                 stopping = told or progress.step == last
-                if stopping or self._due(recipe.train.log_every):
+                probed = self._probed(told)
+                if stopping or probed or self._due(recipe.train.log_every):
                     self._note_bad_samples(tracker)
-                    self._log(tracker)
+                    self._log(tracker, probed)
                 if stopping or self._due(recipe.track.images_every):
                     self._picture(tracker, outcome)
                 if stopping or self._due(recipe.checkpoint.every):
@@ -194,9 +198,20 @@ class Training:
         # Nobody runs ahead into the next collective's time limit while rank 0 writes.
         return distributed.broadcast(failed)
 
-    def _log(self, tracker: Tracker) -> None:
+    def _probed(self, told: bool) -> dict[str, float]:
+        """What the probe tells, at its intervals and at the end; nothing where time is up. Collective."""
+        if (
+            self.probe is None
+            or told
+            or not (self._due(self.recipe.probe.every) or self.progress.step == self.plan.steps)
+        ):
+            return {}
+        self.mark("probing")
+        return self.probe(self.step.encoder(self.recipe.probe.branch), self.recipe.model.heads)
+
+    def _log(self, tracker: Tracker, probed: dict[str, float]) -> None:
         step = self.progress.step
-        numbers = self.meters.read()
+        numbers = self.meters.read() | probed
         numbers["lr"] = self.step.learning_rate_at(step - 1)
         numbers["momentum"] = self.step.momentum_at(step - 1)
         numbers["bad/steps"], numbers["bad/samples"] = self.progress.bad_steps, self.progress.bad_samples

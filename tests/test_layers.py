@@ -86,10 +86,11 @@ ARROWS = {
     },
     "mcf.meters": {"mcf.data", "mcf.distributed", "mcf.step"},
     "mcf.downstream": {"mcf.config", "mcf.errors", "mcf.keys", "mcf.models", "mcf.state", "mcf.weights"},
+    "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
-        "mcf.meters", "mcf.models", "mcf.plan", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
+        "mcf.meters", "mcf.models", "mcf.plan", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
@@ -101,6 +102,7 @@ ARROWS = {
         "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning", "mcf.local",
         "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task",
     },
+    "mcf.probe": {"mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.probing"},
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
@@ -119,7 +121,7 @@ LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
     "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
-    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.downstream.config",
+    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.probe", "mcf.downstream.config",
 )  # fmt: skip
 
 

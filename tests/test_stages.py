@@ -76,6 +76,13 @@ def test_all_stages_have_the_same_losses_over_twenty_steps(tmp_path):
                 third = len(theirs) // 3
                 ours, theirs = (torch.cat([t[:third], t[2 * third :]]) for t in (ours, theirs))
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), (stage, name)
+        # Whole encoders, as a probe takes them, are on every rank what rank 0 would save.
+        for rank in range(2):
+            for branch, prefix in (("encoder", "engine.model.encoder."), ("momentum", "momentum.encoder.")):
+                whole = seen[rank][stage]["encoders"][branch]
+                saved = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+                assert whole.keys() == saved.keys(), (stage, branch)
+                assert all(torch.equal(whole[n], saved[n]) for n in saved), (stage, branch)
     assert any(name.startswith("momentum.encoder.blocks") for name in expected["state"])
 
 

@@ -84,6 +84,14 @@ class MomentumBranch(nn.Module):
             _average(table, [named_parameters[POSITIONS]], m, out=table)
 
     @torch.no_grad()
+    def whole_encoder(self) -> dict[str, Tensor]:
+        """Whole tensors of the encoder by timm's names, on every rank, to be read only. Collective after `split`."""
+        state = dict(self.encoder.state_dict())
+        if self._shards is not None:
+            state |= {name: self._shards.wholes([p])[0] for name, p in self.encoder.named_parameters()}
+        return state
+
+    @torch.no_grad()
     def full_state_dict(self) -> dict[str, Tensor]:
         """`state_dict` with whole parameters. After `split`: collective, on the CPU on rank 0, and empty elsewhere."""
         if self._shards is None:

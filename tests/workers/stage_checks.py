@@ -85,7 +85,8 @@ def losses(world: distributed.World) -> dict:
             names = ("total", "feature", "contrast")
             own = torch.stack([torch.stack([terms[name] for terms in outcome.terms]).mean() for name in names])
             told.append([*distributed.mean(own).tolist(), outcome.grad_norm])
-        seen[stage] = {"told": told, "state": state(step)}
+        branches = {name: {k: t.clone() for k, t in step.encoder(name).items()} for name in ("encoder", "momentum")}
+        seen[stage] = {"told": told, "state": state(step), "encoders": branches}
     return seen
 
 
