@@ -52,6 +52,10 @@ class ModelConfig(Section):
     depth: Positive = Field(12, description="number of encoder blocks")
     heads: Positive = Field(12, description="attention heads of the encoder")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs / token width, in encoder and decoder")
+    variant: Literal["plain", "clip"] = Field(
+        "plain",
+        description="plain, or CLIP's encoder, which FaRL's weights need: a norm before the blocks, QuickGELU, ε 1e-5",
+    )
     decoder: DecoderConfig = DecoderConfig()
     projection: HeadsConfig = HeadsConfig()
 
@@ -90,16 +94,31 @@ class MaskConfig(Section):
     )
 
 
+class StartConfig(Section):
+    """Weights that the encoder (and its momentum copy) starts from, instead of random ones; decoder and heads stay random."""
+
+    path: str | None = Field(None, description="file, run directory or checkpoint; default: none, a random start")
+    source: Literal["auto", "moco_v3", "timm", "mae", "mcf", "farl"] = Field(
+        "auto", description="what a file is; auto finds out, and a folder is a run or checkpoint of our own"
+    )
+    branch: Literal["encoder", "momentum"] = Field(
+        "encoder", description="which encoder of an own checkpoint or of the released MCF file"
+    )
+
+
 class TeacherConfig(Section):
     """The frozen teacher M1 of the feature loss."""
 
-    source: Literal["moco_v3", "timm", "checkpoint", "random", "none"] = Field(
+    source: Literal["moco_v3", "timm", "mae", "mcf", "farl", "checkpoint", "random", "none"] = Field(
         "moco_v3",
-        description="where its weights come from: a MoCo v3 file, a ViT with timm's names (safetensors or .pth), a "
-        "run directory or checkpoint of our own, random weights (demo only), or no teacher (then loss.feature=0)",
+        description="where its weights come from: a MoCo v3 file, a ViT with timm's names (safetensors or .pth), MAE's, the "
+        "released MCF's, FaRL's, a run directory or checkpoint of our own, random weights (demo only), or no teacher (then "
+        "loss.feature=0)",
     )
     path: str | None = Field(None, description="file or run directory the weights are read from")
-    branch: Literal["encoder", "momentum"] = Field("encoder", description="which branch of an own checkpoint teaches")
+    branch: Literal["encoder", "momentum"] = Field(
+        "encoder", description="which encoder of an own checkpoint or of the released MCF file teaches"
+    )
     taps: tuple[NonNegative, ...] = Field(
         (2, 5, 8, 11), description="blocks whose outputs are compared, counted from 0"
     )
@@ -327,6 +346,7 @@ class Recipe(Section):
         "auto", description="which implementation of attention"
     )
     model: ModelConfig = ModelConfig()
+    start: StartConfig = StartConfig()
     mask: MaskConfig = MaskConfig()
     teacher: TeacherConfig = TeacherConfig()
     loss: LossConfig = LossConfig()

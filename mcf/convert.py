@@ -1,7 +1,8 @@
 """Weights in: `python -m mcf.convert source=FILE out=FILE` turns any known file into a plain ViT with timm's names.
 
-MoCo v3, MAE, the released MCF checkpoint, or a ViT that has timm's names already. The result holds tensors and nothing
-else, so it opens without running code and can be a teacher (`teacher.source=timm`) or a warm start.
+MoCo v3, MAE, the released MCF checkpoint, FaRL (CLIP's image encoder), or a ViT that has timm's names already. The result
+holds tensors and nothing else, so it opens without running code and can be a teacher (`teacher.source=timm`, FaRL's `farl`), a
+warm start (`start.path`) or a backbone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class ConvertConfig(Section):
 
     source: str = Field(description="file to read")
     out: str = Field(description="file to write: .safetensors, or .pth")
-    kind: Literal["auto", "moco_v3", "timm", "mae", "mcf"] = Field(
+    kind: Literal["auto", "moco_v3", "timm", "mae", "mcf", "farl"] = Field(
         "auto", description="what the file is; auto finds out"
     )
     branch: Literal["encoder", "momentum", "teacher"] = Field(
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     config = cli.parse(ConvertConfig, argv, verb="convert")
     # torch comes with them: help and refusals need not wait for it.
     from mcf.weights import files
-    from mcf.weights.sources import read_file
+    from mcf.weights.sources import metadata_of, read_file
     from mcf.weights.vit import check_heads
 
     source, out = Path(config.source), Path(config.out)
@@ -48,11 +49,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"out={out}: is the source itself; give another name")
     encoder = read_file(source, config.kind, where=f"source={source}", branch=config.branch, trust=config.trust)
     heads = config.heads or encoder.heads
-    metadata = {"origin": source.name}
     if heads is not None:
         check_heads(encoder.shape, heads, key="heads", where=encoder.origin, stated=encoder.heads)
-        metadata["heads"] = str(heads)
-    files.write(out, encoder.tensors, metadata)
+    if encoder.shape.clip and out.suffix in (".pth", ".pt"):
+        raise UserError(f"out={out}: such a file cannot state that this is CLIP's variant of a ViT; use .safetensors")
+    files.write(out, encoder.tensors, {"origin": source.name, **metadata_of(encoder, heads)})
     shape = encoder.shape
     print(f"{out}: width {shape.width}, depth {shape.depth}, {heads or 'unstated'} heads, patches of {shape.patch_size} pixels, "
           f"images of {shape.image_size}; from the {encoder.origin}")  # fmt: skip

@@ -87,7 +87,7 @@ def check_out(config: ExportConfig) -> None:
 def export_encoder(config: ExportConfig) -> tuple[Card, str]:
     """Write an encoder of pre-training; returns its card, and a line about it."""
     from mcf.weights import files, huggingface
-    from mcf.weights.sources import find_checkpoint, read_checkpoint, read_decoder
+    from mcf.weights.sources import find_checkpoint, metadata_of, read_checkpoint, read_decoder
 
     where = f"source={config.source}"
     folder = find_checkpoint(config.source, where=where)
@@ -98,6 +98,10 @@ def export_encoder(config: ExportConfig) -> tuple[Card, str]:
             f"{where}: run.json of {folder.name} does not state the attention heads; give another checkpoint"
         )
     if config.format == "transformers":
+        if shape.clip:
+            raise UserError(
+                f"{where}: was trained with model.variant=clip, which ViTModel has no place for; use format=timm or onnx"
+            )
         huggingface.write(config.out, encoder.tensors, shape, heads)
     elif config.format == "onnx":
         from mcf.models.teacher import vit_of
@@ -109,7 +113,11 @@ def export_encoder(config: ExportConfig) -> tuple[Card, str]:
         checked = f"; onnxruntime differs by {difference:.1e} of the largest output"
     else:
         decoder = read_decoder(folder, where=where) if config.decoder else {}
-        metadata = {"branch": config.branch, "heads": str(heads)}
+        if shape.clip and Path(config.out).suffix != ".safetensors":
+            raise UserError(
+                f"out={config.out}: a .pth cannot state that this is CLIP's variant of a ViT; use .safetensors"
+            )
+        metadata = {"branch": config.branch, **metadata_of(encoder, heads)}
         if decoder:
             metadata["decoder_heads"] = str(_run(folder)["recipe"].get("model", {}).get("decoder", {}).get("heads"))
         files.write(config.out, {**encoder.tensors, **decoder}, metadata)
@@ -229,6 +237,13 @@ def _use(config: ExportConfig, encoder: Encoder, file: str) -> str:
         return (
             f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")\n'
             '(tokens,) = session.run(None, {"images": images})  # class token first'
+        )
+    if shape.clip:
+        # timm's own ViT of this variant has no bias in its patch projection, where this one keeps ImageNet's units.
+        return (
+            "from mcf.models.teacher import vit_of\nfrom mcf.weights.sources import read_file\n\n"
+            f'encoder = read_file("{file}", "farl", where="weights")\n'
+            f"model = vit_of(encoder.tensors, heads={encoder.heads})  # tokens = model(images), class token first"
         )
     load = f'load_file("{file}")' if file.endswith(".safetensors") else f'torch.load("{file}", weights_only=True)'
     origin = "from safetensors.torch import load_file" if file.endswith(".safetensors") else "import torch"

@@ -138,6 +138,8 @@ def absolute_paths(recipe: Recipe) -> Recipe:
             "output": _absolute(recipe.output),
             "data": recipe.data.model_copy(update={"path": _absolute(recipe.data.path)}),
             "teacher": recipe.teacher.model_copy(update={"path": _absolute(recipe.teacher.path)}),
+            "start": recipe.start.model_copy(update={"path": _absolute(recipe.start.path)}),
+            "probe": recipe.probe.model_copy(update={"data": _absolute(recipe.probe.data)}),
             "track": recipe.track.model_copy(update={"mlflow": track}),
         }
     )
@@ -165,7 +167,7 @@ def count_samples(recipe: Recipe) -> int | None:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Raise UserError for data or teacher that are not where the recipe says; the ranks look closer."""
+    """Raise UserError for data, teacher, start or probed faces that are not where the recipe says; the ranks look closer."""
     data, teacher = recipe.data.path, recipe.teacher
     pack = "pack images with: python -m mcf.pack source=IMAGES out="
     if data is None:
@@ -181,6 +183,10 @@ def check_inputs(recipe: Recipe) -> None:
         raise UserError(f"data.path={data}: no manifest.json in it; {pack}{out}")
     if recipe.loss.feature and teacher.path and "://" not in teacher.path and not Path(teacher.path).exists():
         raise UserError(f"teacher.path={teacher.path}: no such file; give the file of the teacher's weights")
+    if recipe.start.path and not Path(recipe.start.path).exists():
+        raise UserError(f"start.path={recipe.start.path}: no such file; give weights to start from, or leave it out")
+    if recipe.probe.every and not Path(recipe.probe.data or "").is_dir():
+        raise UserError(f"probe.data={recipe.probe.data}: no such folder; give labelled faces, or set probe.every=0")
 
 
 def make_folder(run_dir: Path) -> None:

@@ -76,7 +76,7 @@ def parameter_sizes(recipe: Recipe) -> dict[str, list[int]]:
     decoder = model.decoder
     patch = model.patch_size**2 * 3
     return {
-        "encoder": _vit(model.width, model.depth, model.mlp_ratio, patch),
+        "encoder": _vit(model.width, model.depth, model.mlp_ratio, patch, clip=model.variant == "clip"),
         "decoder": [
             *_linear(model.width, decoder.width),
             decoder.width,
@@ -86,7 +86,9 @@ def parameter_sizes(recipe: Recipe) -> dict[str, list[int]]:
         ],
         "projector": _head(model.width, model.projection),
         "predictor": _head(model.projection.dim, model.projection),
-        "teacher": _vit(teacher.width, teacher.depth, 4.0, teacher.patch_size**2 * 3) if recipe.loss.feature else [],
+        "teacher": _vit(teacher.width, teacher.depth, 4.0, teacher.patch_size**2 * 3, clip=teacher.source == "farl")
+        if recipe.loss.feature
+        else [],
     }
 
 
@@ -95,9 +97,10 @@ def trained_sizes(recipe: Recipe) -> list[int]:
     return [size for part, sizes in parameter_sizes(recipe).items() if part != "teacher" for size in sizes]
 
 
-def _vit(width: int, depth: int, mlp_ratio: float, patch: int) -> list[int]:
-    """Patch embedding, class token, blocks, final norm; the position table is no parameter."""
-    return [*_linear(patch, width), width, *depth * _block(width, mlp_ratio), *2 * [width]]
+def _vit(width: int, depth: int, mlp_ratio: float, patch: int, *, clip: bool = False) -> list[int]:
+    """Patch embedding, class token, blocks, final norm (and CLIP's first one); the position table is no parameter."""
+    norms = 4 if clip else 2
+    return [*_linear(patch, width), width, *depth * _block(width, mlp_ratio), *norms * [width]]
 
 
 def _block(width: int, mlp_ratio: float) -> list[int]:

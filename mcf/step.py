@@ -13,7 +13,7 @@ can be held against the whole effective batch, and accumulation changes nothing 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +51,8 @@ class Outcome:
 class Step:
     """The network, its momentum branch, its objective and its optimiser, put together for one rank.
 
-    `mark` is told of each phase that a step enters: loading, keys, forward, backward, step.
+    `mark` is told of each phase that a step enters: loading, keys, forward, backward, step. `start` are tensors that the
+    encoder starts from, by timm's names.
     """
 
     def __init__(
@@ -61,12 +62,16 @@ class Step:
         teacher: Teacher | None,
         world: World,
         mark: Callable[[str], None] = lambda phase: None,
+        start: Mapping[str, Tensor] | None = None,
     ):
         if recipe.kernels == "triton" and (why := unavailable(world.device)):
             raise UserError(f"kernels=triton: {why}; use kernels=auto")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
         self.masks = Masks(recipe)
-        student = build_student(recipe).to(world.device)
+        student = build_student(recipe)
+        if start is not None:
+            student.encoder.load_state_dict(start)
+        student.to(world.device)
         # Before the engine, which splits the student's parameters under ZeRO-3.
         self.momentum = MomentumBranch(student).to(world.device)
         self.objective = Objective(recipe, teacher).to(world.device)

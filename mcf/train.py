@@ -34,7 +34,7 @@ from mcf.stop import StopSignal
 from mcf.track import Tracker
 from mcf.track.images import reconstruction_grid
 from mcf.watchdog import Mark, Watchdog, unwatched
-from mcf.weights import build_teacher, read_teacher
+from mcf.weights import build_teacher, read_start, read_teacher
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ class Training:
         mark("reading probe")
         self.probe = Probe(recipe.probe, world, recipe.model.image_size) if recipe.probe.every else None
         mark("building")
-        self.step = Step(recipe, self.plan, teacher, world, mark)
+        start = Spread(lambda: read_start(recipe) or {}, world.device) if found is None else {}
+        self.step = Step(recipe, self.plan, teacher, world, mark, dict(start) or None)
         self.resumed = found is not None
         self.interrupted = False
         if found is not None:

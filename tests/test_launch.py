@@ -499,6 +499,9 @@ def inside(place, monkeypatch):
         (["data.path=runs", "data.samples=1200"], ["no manifest.json in it", "python -m mcf.pack"]),
         (["data.path=null", "data.samples=1200"], ["data.path is not set"]),
         (["teacher.source=timm", "teacher.path=no.pth", "teacher.allow_random=false"], ["no.pth: no such file"]),
+        (["start.path=no.pth"], ["start.path=", "no.pth: no such file"]),
+        (["probe.every=5", "probe.data=none"], ["probe.data=", "none: no such folder"]),
+        (["probe.every=5"], ["probe.every=5 needs probe.data"]),
         (["output=driver.py"], ["cannot be made"]),
         (["mode=slurm"], ["sbatch and srun are not on this machine", "mode=local"]),
         (["moed=local"], ["did you mean mode?"]),
@@ -524,11 +527,13 @@ def test_a_damaged_manifest(inside, capsys):
 
 def test_paths_are_made_absolute_and_uris_are_not(inside):
     recipe = cli.load_recipe(
-        ["recipe=vit_b_20m", "data.path=~/x", "teacher.path=s3://bucket/t.pth", "track.mlflow=sqlite:///a.db"]
-    )
+        ["recipe=vit_b_20m", "data.path=~/x", "teacher.path=s3://bucket/t.pth", "track.mlflow=sqlite:///a.db",
+         "start.path=w.pth", "probe.data=faces"]
+    )  # fmt: skip
     made = launch.absolute_paths(recipe)
     assert made.data.path == str(Path.home() / "x")
     assert made.teacher.path == "s3://bucket/t.pth"
+    assert (made.start.path, made.probe.data) == (f"{inside.folder}/w.pth", f"{inside.folder}/faces")
     assert made.track.mlflow == f"sqlite:///{inside.folder}/a.db"
     assert made.output == str(inside.folder / "runs")
     assert launch.absolute_paths(made) == made

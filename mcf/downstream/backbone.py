@@ -90,5 +90,5 @@ def untrained(shape: ViTShape, heads: int, image_size: int, seed: int, attention
         torch.manual_seed(seed)
         return VisionTransformer(
             image_size=image_size, patch_size=shape.patch_size, width=shape.width, depth=shape.depth, heads=heads,
-            mlp_ratio=shape.mlp_ratio, attention=attention,
+            mlp_ratio=shape.mlp_ratio, attention=attention, clip=shape.clip,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mcf.downstream.config import HeadConfig
 from mcf.models import heads
 from mcf.models.patches import MEAN, STD
-from mcf.models.vit import VisionTransformer
+from mcf.models.vit import VisionTransformer, resized_table
 
 
 class Backbone(nn.Module):
@@ -71,16 +71,6 @@ def default_taps(depth: int) -> tuple[int, ...]:
     if depth == 32:
         return 8, 14, 20, 31
     return tuple(max(round(depth * share / 12) - 1, 0) for share in (4, 6, 8, 12))
-
-
-def resized_table(table: Tensor, grid: int) -> Tensor:
-    """A position table [1, 1+L, width] for grid × grid patches: bicubic, align_corners=False, the class token's kept."""
-    old = round((table.shape[1] - 1) ** 0.5)
-    if old == grid:
-        return table.clone()
-    maps = table[:, 1:].mT.unflatten(-1, (old, old))
-    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], maps.flatten(2).mT], dim=1)
 
 
 class BatchNorm(heads.BatchNorm):

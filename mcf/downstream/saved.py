@@ -24,7 +24,7 @@ KEY = "mcf_finetuned"  # of the file's metadata
 class Description:
     """What a fine-tuned model is: enough to build it, to cut faces as it saw them, and to name its outputs.
 
-    epoch: that its weights are of. outputs: number of points or classes.
+    epoch: that its weights are of. outputs: number of points or classes. clip: whether its ViT is CLIP's variant.
     """
 
     task: Literal["alignment", "parsing"]
@@ -44,6 +44,7 @@ class Description:
     taps: tuple[int, ...]
     head: dict[str, Any]
     epoch: int
+    clip: bool = False
 
 
 def describe(network: Network, config: FinetuneConfig, faces: FaceSet, epoch: int) -> Description:
@@ -56,6 +57,7 @@ def describe(network: Network, config: FinetuneConfig, faces: FaceSet, epoch: in
         patch_size=vit.patch_size, width=vit.width, depth=len(vit.blocks), heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / vit.width, taps=network.backbone.taps,
         head=config.head.model_dump(mode="json"), epoch=epoch,
+        clip=network.backbone.vit.clip,
     )  # fmt: skip
 
 
@@ -112,6 +114,7 @@ def build(description: Description) -> Network:
         depth=d.depth,
         heads=d.heads,
         mlp_ratio=d.mlp_ratio,
+        clip=d.clip,
     )
     return Network(Backbone(vit, d.taps, d.input_size), Decoder(d.width, d.outputs, HeadConfig(**d.head)))
 

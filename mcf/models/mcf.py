@@ -46,6 +46,7 @@ class MCF(nn.Module):
             mlp_ratio=config.mlp_ratio,
             attention=attention,
             kernels=kernels,
+            clip=config.variant == "clip",
         )
         self.decoder = Decoder(
             tokens_width=config.width,

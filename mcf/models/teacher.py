@@ -105,7 +105,10 @@ class Teacher(nn.Module):
 def vit_of(
     state: Mapping[str, Tensor], *, heads: int, attention: str = "auto", kernels: str = "auto"
 ) -> VisionTransformer:
-    """A ViT with the tensors of a state dict in timm's names; its shape is read from them (RuntimeError: it is not whole)."""
+    """A ViT with the tensors of a state dict in timm's names; its shape is read from them (RuntimeError: it is not whole).
+
+    With `norm_pre` among them it is CLIP's variant: `mcf.weights` lets no other ViT with such a norm in.
+    """
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     depth = len({m[1] for m in map(re.compile(r"blocks\.(\d+)\.").match, state) if m})
@@ -121,6 +124,7 @@ def vit_of(
             mlp_ratio=hidden / width,
             attention=attention,
             kernels=kernels,
+            clip="norm_pre.weight" in state,
         )
     vit.load_state_dict({name: tensor.detach().clone().float() for name, tensor in state.items()}, assign=True)
     return vit

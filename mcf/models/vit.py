@@ -20,6 +20,7 @@ from mcf.kernels import patch_gather
 from mcf.models.patches import MEAN, STD
 
 NORM_EPS = 1e-6
+CLIP_EPS = 1e-5
 
 
 class Linear(nn.Linear):
@@ -47,27 +48,34 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v, self.implementation).reshape(batch, tokens, width))
 
 
-class MLP(nn.Module):
-    """Two linear layers around a GELU, [B, N, width] → [B, N, width]."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · σ(1.702·x), elementwise: OpenAI's stand-in for GELU (Hendrycks & Gimpel 2016, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, width: int, hidden: int):
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU (`clip`: QuickGELU), [B, N, width] → [B, N, width]."""
+
+    def __init__(self, width: int, hidden: int, clip: bool = False):
         super().__init__()
+        self.activation = quick_gelu if clip else F.gelu
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
     """One pre-norm transformer block, [B, N, width] → [B, N, width]."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, attention: str = "auto"):
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, attention: str = "auto", *, clip: bool = False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        eps = CLIP_EPS if clip else NORM_EPS
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, heads, attention)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = MLP(width, round(width * mlp_ratio))
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, round(width * mlp_ratio), clip)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -125,6 +133,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLPs / width.
         attention: one of `mcf.attention.IMPLEMENTATIONS`.
         kernels: one of `mcf.kernels.dispatch.IMPLEMENTATIONS`.
+        clip: whether it is CLIP's image encoder (Radford et al. 2021): a LayerNorm before the blocks (`norm_pre`, timm's
+            name), QuickGELU, ε 1e-5. FaRL is one. Its input stays in ImageNet's units (`mcf.weights.sources`).
     """
 
     pos_embed: Tensor
@@ -140,25 +150,29 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         attention: str = "auto",
         kernels: str = "auto",
+        clip: bool = False,
     ):
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
         self.width = width
+        self.clip = clip
         self.patch_embed = PatchEmbed(patch_size, width, kernels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
         self.register_buffer("pos_embed", sincos_positions(width, image_size // patch_size)[None])
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        eps = CLIP_EPS if clip else NORM_EPS
+        self.norm_pre = nn.LayerNorm(width, eps=eps) if clip else nn.Identity()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, attention, clip=clip) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
 
     def embed(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """The blocks' input [B, 1+K, width]: class token, then the patches `ids` (all if None), positions added."""
+        """The blocks' input [B, 1+K, width]: class token, then the patches `ids` (all if None), positions added (CLIP: normalised)."""
         tokens = self.patch_embed(images, ids)
         # The sum with the table brings the stream to float32 under autocast, where it stays.
         table = self.pos_embed[0, 1:]
         tokens = tokens + (table if ids is None else table[ids])
         first = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return self.norm_pre(torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], dim=1))
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Normalised output tokens [B, 1+K, width] of the visible patches `ids`, class token first.
@@ -185,6 +199,16 @@ class VisionTransformer(nn.Module):
             if index in taps:
                 tokens = outputs[index] = tokens if at_tap is None else at_tap(index, tokens)
         return [outputs[tap] for tap in taps]
+
+
+def resized_table(table: Tensor, grid: int) -> Tensor:
+    """A position table [1, 1+L, width] for grid × grid patches: bicubic, align_corners=False, the class token's kept."""
+    old = round((table.shape[1] - 1) ** 0.5)
+    if old == grid:
+        return table.clone()
+    maps = table[:, 1:].mT.unflatten(-1, (old, old))
+    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], maps.flatten(2).mT], dim=1)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:

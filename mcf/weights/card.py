@@ -19,6 +19,9 @@ CARD = "README.md"
 TERMS = {
     "moco_v3": "The files of MoCo v3 are published under CC BY-NC 4.0: not for commercial use.",
     "timm": "The teacher's file has a licence of its own; MAE's, for one, are published under CC BY-NC 4.0.",
+    "mae": "MAE's files are published under CC BY-NC 4.0: not for commercial use.",
+    "mcf": "The released MCF's files state no licence: ask their authors before passing on what they taught.",
+    "farl": "FaRL's code is published under the MIT licence; its weights learned from LAION-Face, whose pictures have their own.",
     "checkpoint": "The teacher was itself trained with mcf: its own card and its own teacher count too.",
     "random": "The teacher was random: these weights show that a run works, and no more.",
 }

@@ -4,12 +4,14 @@ moco_v3    {'state_dict': {'module.base_encoder.*': …}}; momentum encoder and 
 timm       a ViT's own names, flat or under 'model' or 'state_dict'; with or without its classification head
 mae        timm's names under 'model'; the full file has the decoder beside them
 mcf        the released checkpoint of MCF: online_encoder, target_encoder, and the teacher inside the loss
+farl       CLIP's image encoder in OpenAI's names, `visual.*`, with the text encoder beside it; also one of ours, converted
 checkpoint a checkpoint of our own, or its weights.safetensors
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,17 @@ from torch import Tensor
 
 from mcf import checkpoint
 from mcf.errors import UserError
+from mcf.models.patches import MEAN, STD
 from mcf.weights import files
 from mcf.weights.reference import from_reference, theirs
 from mcf.weights.vit import ViTShape, check
 
 NESTS = ("state_dict", "model", "module")
 HEAD = ("head.", "head_dist.")
+VARIANT, CLIP = "variant", "clip"  # of a file's metadata: what its tensors cannot say
+CLIP_HEAD = 64  # width of a head in every CLIP ViT (Radford et al. 2021, table 20)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BRANCHES = {"encoder": "encoder", "momentum": "momentum encoder"}
 
 
@@ -46,7 +53,7 @@ def read_file(
 
     Args:
         path: the file.
-        kind: `moco_v3`, `timm`, `mae`, `mcf`, or `auto` to find out.
+        kind: `moco_v3`, `timm`, `mae`, `mcf`, `farl`, or `auto` to find out.
         where: how messages open, for example `teacher.path=FILE`.
         branch: which encoder of the released MCF checkpoint: encoder, momentum or teacher.
         trust: whether a pickle that runs code may be opened.
@@ -56,7 +63,7 @@ def read_file(
     """
     opened = files.read(path, where=where, trust=trust)
     names = _weights(opened.content, where)
-    found = kind_of(names)
+    found = "farl" if opened.metadata.get(VARIANT) == CLIP else kind_of(names)
     if kind == "auto" and found in _EXTRACT:
         kind = found
     # MAE's encoder file is a ViT with timm's names, so either word opens it.
@@ -68,7 +75,7 @@ def read_file(
         tensors = _EXTRACT[kind](names, branch)
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]} is not part of a {kind} file; give an unchanged one") from None
-    return _encoder(tensors, opened.metadata, where, f"{kind} file {path}")
+    return _encoder(tensors, opened.metadata, where, f"{kind} file {path}", clip=kind == "farl")
 
 
 def read_checkpoint(path: str | Path, branch: str, *, where: str) -> Encoder:
@@ -80,10 +87,11 @@ def read_checkpoint(path: str | Path, branch: str, *, where: str) -> Encoder:
     file = folder / ("weights.safetensors" if branch == "encoder" else "momentum.safetensors")
     opened = files.read(file, where=f"{where}: {file.name} of {folder.name}")
     tensors = _only(opened.content, "encoder.")
-    heads = recipe_of(folder, where).get("model", {}).get("heads")
+    model = recipe_of(folder, where).get("model", {})
     return _encoder(
-        tensors, {"heads": str(heads)}, f"{where}: {file.name} of {folder.name}", f"{BRANCHES[branch]} of {folder}"
-    )
+        tensors, {"heads": str(model.get("heads"))}, f"{where}: {file.name} of {folder.name}",
+        f"{BRANCHES[branch]} of {folder}", clip=model.get("variant") == CLIP,
+    )  # fmt: skip
 
 
 def read_decoder(folder: Path, *, where: str) -> dict[str, Tensor]:
@@ -137,6 +145,8 @@ def kind_of(names: Mapping[str, Any]) -> str | None:
         return "mcf"
     if any(name.startswith("encoder.patch_embed.") for name in names):
         return "checkpoint"
+    if any(name.startswith("visual.") for name in names):
+        return "farl"
     if "patch_embed.proj.weight" in names or any(name.startswith("blocks.") for name in names):
         return "mae" if "mask_token" in names or "decoder_embed.weight" in names else "timm"
     return None
@@ -179,21 +189,86 @@ def _mcf(names: Mapping[str, Any], branch: str) -> dict[str, Any]:
     return _only(parts.student if branch == "encoder" else parts.momentum, "encoder.")
 
 
+_CLIP_NAMES = {
+    "ln_1": "norm1", "ln_2": "norm2", "attn.in_proj": "attn.qkv", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
+_CLIP_OUTSIDE = {
+    "class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.weight": "patch_embed.proj.weight",
+    "ln_pre.weight": "norm_pre.weight", "ln_pre.bias": "norm_pre.bias", "ln_post.weight": "norm.weight",
+    "ln_post.bias": "norm.bias",
+}  # fmt: skip
+
+
+def _farl(names: Mapping[str, Any], _: str) -> dict[str, Any]:
+    """CLIP's image encoder under timm's names, for input in ImageNet's units; its projection to the text's space is left out.
+
+    Raises KeyError for a name that it does not have.
+    """
+    inside = _only(names, "visual.")
+    if not inside:  # converted before
+        return dict(names)
+    found: dict[str, Any] = {}
+    for name, value in inside.items():
+        if name == "proj":
+            continue
+        if (block := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name)) is None:
+            if name not in _CLIP_OUTSIDE:
+                raise KeyError(f"visual.{name}")
+            found[_CLIP_OUTSIDE[name]] = value
+        elif block[2] in _CLIP_NAMES:
+            found[f"blocks.{block[1]}.{_CLIP_NAMES[block[2]]}.{block[3]}"] = value
+        else:
+            raise KeyError(f"visual.{name}")
+    for name, dimensions in (("cls_token", 1), ("pos_embed", 2)):
+        if isinstance(tensor := found.get(name), Tensor) and tensor.dim() == dimensions:
+            found[name] = tensor.view(*(3 - dimensions) * [1], *tensor.shape)
+    weight = found.get("patch_embed.proj.weight")
+    if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == len(CLIP_MEAN):
+        found["patch_embed.proj.weight"], found["patch_embed.proj.bias"] = _in_our_units(weight)
+    return found
+
+
+def _in_our_units(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A patch projection [width, 3, P, P] without bias, of pixels in CLIP's units, as one of pixels in ImageNet's.
+
+    A pixel v is (v − m)/s in either; CLIP's is ours times s_ours/s_clip, plus (m_ours − m_clip)/s_clip: the factor goes into
+    the weight, and the sum over a patch of the constant is a bias. Equal up to rounding, for every image.
+    """
+    ours, theirs = (torch.tensor(pair, dtype=torch.float64) for pair in ((MEAN, STD), (CLIP_MEAN, CLIP_STD)))
+    (mean, std), (clip_mean, clip_std) = ours, theirs
+    wide = weight.double()
+    bias = torch.einsum("ocij,c->o", wide, (mean - clip_mean) / clip_std)
+    return wide * (std / clip_std)[:, None, None], bias
+
+
 _EXTRACT: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
     "moco_v3": _moco_v3,
     "timm": _timm,
     "mae": _timm,
     "mcf": _mcf,
+    "farl": _farl,
 }
 
 
-def _encoder(tensors: Mapping[str, Any], metadata: Mapping[str, str], where: str, origin: str) -> Encoder:
+def _encoder(
+    tensors: Mapping[str, Any], metadata: Mapping[str, str], where: str, origin: str, *, clip: bool = False
+) -> Encoder:
     if not tensors:
         raise UserError(f"{where}: no such encoder in it; give another file or branch")
     body = {name: value for name, value in tensors.items() if not name.startswith(HEAD)}
-    state, shape = check(body, where)
+    state, shape = check(body, where, clip=clip)
     stated = metadata.get("heads", "")
-    return Encoder(state, shape, int(stated) if stated.isdecimal() else None, origin)
+    heads = int(stated) if stated.isdecimal() else None
+    if heads is None and clip and shape.width % CLIP_HEAD == 0:
+        heads = shape.width // CLIP_HEAD
+    return Encoder(state, shape, heads, origin)
+
+
+def metadata_of(encoder: Encoder, heads: int | None) -> dict[str, str]:
+    """What a file of an encoder has to state beside its tensors, to be read again by `read_file`."""
+    stated = {"heads": str(heads)} if heads is not None else {}
+    return stated | ({VARIANT: CLIP} if encoder.shape.clip else {})
 
 
 def _wrong_kind(found: str | None, kind: str, names: Mapping[str, Any], where: str, key: str) -> str:
@@ -201,8 +276,6 @@ def _wrong_kind(found: str | None, kind: str, names: Mapping[str, Any], where: s
         known = f"a file of that kind ({key}={kind})" if kind != "auto" else f"one of {', '.join(_EXTRACT)}"
         return f"{where}: of no known kind (its first names are {', '.join(list(names)[:3])}); give {known}"
     remedies = {
-        "mae": f"set {key}=timm, which reads it",
-        "mcf": "convert it once with python -m mcf.convert",
         "checkpoint": "give its run directory as a checkpoint, or export it with python -m mcf.export",
     }
     return f"{where}: is a {found} file, not {kind}; {remedies.get(found, f'set {key}={found}')}"

@@ -80,7 +80,7 @@ def _from_path(config: TeacherConfig) -> Encoder:
         raise UserError(f"teacher.path is not set, and teacher.source={config.source} reads from there; set it")
     if config.source == "checkpoint":
         return read_checkpoint(config.path, config.branch, where=where)
-    return read_file(config.path, config.source, where=where, key="teacher.source")
+    return read_file(config.path, config.source, where=where, key="teacher.source", branch=config.branch)
 
 
 def _random(config: TeacherConfig, image_size: int, seed: int) -> dict[str, Tensor]:

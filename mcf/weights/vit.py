@@ -6,6 +6,7 @@ from the recipe, and from the metadata of files that this project wrote.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ HEAD_WIDTHS = range(8, 257)
 
 @dataclass(frozen=True)
 class ViTShape:
-    """Shape of a ViT: token width, blocks, patch side (pixels), patches a side, hidden width of the MLPs."""
+    """Shape of a ViT: token width, blocks, patch side (pixels), patches a side, hidden width of the MLPs, and whether it
+    is CLIP's variant (`VisionTransformer`)."""
 
     width: int
     depth: int
     patch_size: int
     grid: int
     hidden: int
+    clip: bool = False
 
     @property
     def image_size(self) -> int:
@@ -55,31 +58,37 @@ class ViTShape:
                 shapes |= {f"blocks.{i}.{name}.weight": (out, into), f"blocks.{i}.{name}.bias": (out,)}
             for name in ("norm1", "norm2"):
                 shapes |= {f"blocks.{i}.{name}.weight": (width,), f"blocks.{i}.{name}.bias": (width,)}
+        if self.clip:
+            shapes |= {"norm_pre.weight": (width,), "norm_pre.bias": (width,)}
         return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
 
 
-def check(state: Mapping[str, Any], where: str) -> tuple[dict[str, Tensor], ViTShape]:
+def check(state: Mapping[str, Any], where: str, *, clip: bool = False) -> tuple[dict[str, Tensor], ViTShape]:
     """Hold a state dict (timm's names, head dropped) against the ViT that its own tensors describe.
+
+    `clip` is whether it must be CLIP's variant, which no tensor can tell: QuickGELU leaves no trace.
 
     Returns the tensors as float32 copies of their own memory, and the shape. Raises UserError, opening with `where`,
     if a tensor is missing, is not part of a plain ViT, has a wrong shape or type, or is not finite.
     """
-    shape = _shape_of(state, where)
+    shape = dataclasses.replace(_shape_of(state, where), clip=clip)
     expected = shape.parameters()
     if missing := [name for name in expected if name not in state]:
         raise UserError(f"{where}: {_some(missing)} missing; give the whole encoder, only the head may be left out")
     if strange := [name for name in state if name not in expected]:
         raise UserError(f"{where}: {_some(strange)} not part of a plain ViT; another architecture cannot be used here")
-    tensors: dict[str, Tensor] = {}
-    for name, size in expected.items():
+    for name in expected:
         value = state[name]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{where}: {name} is {kind}, expected floating-point numbers; give unquantised weights")
-        if tuple(value.shape) != size:
-            raise UserError(
-                f"{where}: {name} has shape {list(value.shape)}, expected {list(size)}; the file does not fit together"
-            )
+    if wrong := [name for name, size in expected.items() if tuple(state[name].shape) != size]:
+        listed = [f"{name} has shape {list(state[name].shape)}, expected {list(expected[name])}" for name in wrong[:3]]
+        more = f" and {len(wrong) - 3} more are wrong" if wrong[3:] else ""
+        raise UserError(f"{where}: {', '.join(listed)}{more}; the file does not fit together")
+    tensors: dict[str, Tensor] = {}
+    for name in expected:
+        value = state[name]
         tensors[name] = value.detach().to(torch.float32, copy=True).contiguous()
         if not torch.isfinite(tensors[name]).all():
             raise UserError(

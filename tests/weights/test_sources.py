@@ -91,8 +91,8 @@ def test_each_branch_of_the_released_checkpoint(known_files, vit, one_line):
     [
         ("moco_v3.pth.tar", "timm", "is a moco_v3 file, not timm; set teacher.source=moco_v3"),
         ("timm.pth", "moco_v3", "is a timm file, not moco_v3; set teacher.source=timm"),
-        ("mae.pth", "moco_v3", "is a mae file, not moco_v3; set teacher.source=timm, which reads it"),
-        ("mcf.pth", "timm", "mcf.convert"),
+        ("mae.pth", "moco_v3", "is a mae file, not moco_v3; set teacher.source=mae"),
+        ("mcf.pth", "timm", "is a mcf file, not timm; set teacher.source=mcf"),
     ],
 )
 def test_another_kind_is_refused_with_its_name(known_files, one_line, name, asked, remedy):
@@ -124,6 +124,13 @@ def _broken(state: dict) -> dict[str, tuple[str, dict]]:
         "[width, 3, patch, patch]": {**state, "patch_embed.proj.weight": torch.randn(48, 1, 8, 8)},
         "patch_embed.proj.weight has shape [48, 192], expected 4": {**state, "patch_embed.proj.weight": torch.randn(48, 192)},
         "blocks.0.mlp.fc2.weight has shape [192, 48], expected [48, 192]": swapped,
+        "norm.weight has shape [96], expected [48], norm.bias has shape [96], expected [48]; the": {
+            **state, "norm.weight": torch.zeros(96), "norm.bias": torch.zeros(96),
+        },
+        "blocks.0.norm2.weight has shape [1], expected [48] and 9 more are wrong": {
+            k: torch.zeros(1) if "norm" in k and k.startswith("blocks") else v for k, v in state.items()
+        },
+        "norm_pre.weight, norm_pre.bias are not part": {**state, "norm_pre.weight": torch.ones(48), "norm_pre.bias": torch.ones(48)},
         "cls_token has shape [1, 1, 24]": {**state, "cls_token": torch.randn(1, 1, 24)},
         "blocks.1.attn.proj.weight holds NaN": nan,
         "norm.bias holds NaN or infinite": infinite,
