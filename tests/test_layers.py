@@ -102,6 +102,7 @@ ARROWS = {
         "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task",
     },
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
+    "mcf.results": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
     "mcf.export": {
@@ -119,7 +120,7 @@ LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
     "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
-    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.downstream.config",
+    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.results", "mcf.downstream.config",
 )  # fmt: skip
 
 
