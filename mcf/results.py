@@ -7,7 +7,8 @@
     heads      on each frozen encoder and on a random one, from few labels, for both tasks   mcf.finetune
     table      mean, sample standard deviation and range over the seeds → results.md, results.csv
 
-Every seed is a pre-training of its own. What is finished is not done again; what was cut off goes on.
+Every seed is a pre-training of its own (`one_pretraining=true`: the first alone is). What is finished is not done again;
+what was cut off goes on.
 """
 
 from __future__ import annotations
@@ -44,11 +45,10 @@ SHOWN = {
 }  # fmt: skip
 # Small squares, a narrow head, an average that forgets its start within the few steps (docs/downstream.md).
 HEADS = {
-    "both": ("freeze=true", "warp_size=64", "input_size=64", "head.channels=32", "ema=0.97", "track.mlflow=off",
-             "train.threads=1", "train.readers=1", "pictures=4"),
-    "alignment": ("batch=10", "micro_batch=10", "train.epochs=20", "optimizer.lr=5e-3", "heatmap.size=32",
-                  "heatmap.radius=2.5"),
-    "parsing": ("batch=10", "micro_batch=10", "train.epochs=40", "optimizer.lr=3e-3"),
+    "both": ("freeze=true", "batch=10", "micro_batch=10", "warp_size=64", "input_size=64", "head.channels=32", "ema=0.97",
+             "optimizer.lr=1e-2", "track.mlflow=off", "train.threads=1", "train.readers=1", "pictures=4"),
+    "alignment": ("train.epochs=30", "optimizer.drop_epoch=24", "heatmap.size=32", "heatmap.radius=2.5"),
+    "parsing": ("train.epochs=50", "optimizer.drop_epoch=40"),
 }  # fmt: skip
 
 
@@ -65,6 +65,10 @@ class ResultsConfig(Section):
     out: str = Field("results", description="folder for crops, shards, runs, results.csv and results.md")
     seeds: tuple[NonNegative, ...] = Field(
         (0, 1, 2), min_length=1, description="each a pre-training and heads of its own"
+    )
+    one_pretraining: bool = Field(
+        False,
+        description="pre-train with the first seed only: the spread is then of heads, and of random encoders, alone",
     )
     steps: Positive = Field(800, ge=2, description="steps of pre-training in all; the method's two stages share them")
     size: Positive = Field(96, description="side of the crops that are pre-trained on, pixels")
@@ -196,9 +200,10 @@ def jobs_of(out: Path, config: ResultsConfig) -> list[Job]:
     teachers, students, heads = [], [], []
     half = config.steps // 2
     for seed in config.seeds:
-        teachers.append(pretraining(out, config, "teacher", seed, half))
-        students.append(pretraining(out, config, "mcf", seed, config.steps - half))
-        students.append(pretraining(out, config, "mae", seed, config.steps))
+        if not (config.one_pretraining and teachers):
+            teachers.append(pretraining(out, config, "teacher", seed, half))
+            students.append(pretraining(out, config, "mcf", seed, config.steps - half))
+            students.append(pretraining(out, config, "mae", seed, config.steps))
         heads += [finetuning(out, config, task, kind, seed) for task in SHOWN for kind in INITIALISATIONS]
     return [*teachers, *students, *heads]
 
@@ -222,8 +227,8 @@ def finetuning(out: Path, config: ResultsConfig, task: str, kind: str, seed: int
         "alignment": (config.alignment_set, config.alignment, config.alignment_labels),
         "parsing": (config.parsing_set, config.parsing, config.parsing_labels),
     }[task]
-    # Of a random encoder only the shape is another's.
-    source = f"{'teacher' if kind == 'random' else kind}-{seed}"
+    # Of a random encoder only the shape is another's; its weights are a function of the head's seed.
+    source = f"{'teacher' if kind == 'random' else kind}-{config.seeds[0] if config.one_pretraining else seed}"
     keys = merged([*HEADS["both"], *HEADS[task]], config.finetune)
     (epochs,) = (key.partition("=")[2] for key in keys if key.startswith("train.epochs="))
     arguments = (
