@@ -104,6 +104,7 @@ ARROWS = {
     },
     "mcf.probe": {"mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.probing"},
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
+    "mcf.results": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
     "mcf.export": {
@@ -121,7 +122,7 @@ LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
     "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
-    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.probe", "mcf.downstream.config",
+    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.probe", "mcf.results", "mcf.downstream.config",
 )  # fmt: skip
 
 

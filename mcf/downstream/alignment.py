@@ -86,4 +86,6 @@ def heatmaps(points: Tensor, size: int, radius: float) -> Tensor:
     x = (line - centre[..., :1]).square()
     y = (line - centre[..., 1:]).square()
     square = y[..., :, None] + x[..., None, :]
-    return torch.exp(-square * 16 / (2 * radius**2)) * (square <= radius**2)
+    # Far away exp would be a denormal number, which a CPU is slow with.
+    near = square.clamp(max=radius**2)
+    return torch.exp(-near * 16 / (2 * radius**2)) * (square <= radius**2)

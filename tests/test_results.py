@@ -1,0 +1,190 @@
+"""mcf.results: the whole table at toy size through the real verbs, that nothing is done twice, and what its numbers are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from mcf import finetune, results, train
+from mcf.data.faces.writing import Settings, write_faces
+from mcf.downstream.datasets import Face, FaceSet, open_faces
+from mcf.errors import UserError
+from mcf.pack.__main__ import main as pack_main
+from mcf.results import INITIALISATIONS, Job, Result
+
+VERBS = {"pack": pack_main, "train": train.main, "finetune": finetune.main}
+SMALL = [
+    "alignment_set=faces", "parsing_set=faces", "seeds=[0,1]", "steps=6", "size=32", "alignment_labels=8",
+    "parsing_labels=8",
+    "train=batch=16 micro_batch=16 model.image_size=32 model.width=32 model.heads=2 model.decoder.width=32 "
+    "model.decoder.depth=1 model.decoder.heads=2 model.projection.hidden=32 model.projection.dim=16 teacher.heads=2 data.streams=4 "
+    "data.window=4 optimizer.warmup_epochs=0.3 train.log_every=1",
+    "finetune=batch=4 micro_batch=4 train.epochs=2 warp_size=32 input_size=32 head.channels=8 head.pools=[1,2] "
+    "heatmap.size=16 pictures=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """40 faces of 10 people, 2 of whom are tested on."""
+    folder = tmp_path_factory.mktemp("results") / "drawn"
+    list(write_faces(folder, 40, Settings(seed=0, size=64, quality=92, images_per_person=4), workers=1))
+    return folder
+
+
+def in_this_process(monkeypatch) -> list[Job]:
+    """Let the verbs run here, one after another: what processes cost to start is minutes. The jobs that were run."""
+    called: list[Job] = []
+
+    def call(out: Path, job: Job) -> None:
+        called.append(job)
+        assert VERBS[job.verb](list(job.arguments)) == 0, job
+
+    def run_all(out: Path, jobs: list[Job], at_once: int) -> None:
+        for job in jobs:
+            results.follow(out, job, [])
+
+    # DeepSpeed remembers the first process group of a process for ever: it stays.
+    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
+    monkeypatch.setattr(results, "call", call)
+    monkeypatch.setattr(results, "run_all", run_all)
+    return called
+
+
+def test_the_table_from_pictures_to_numbers_and_a_second_call_that_does_nothing(drawn, tmp_path, monkeypatch, capsys):
+    called = in_this_process(monkeypatch)
+    out = tmp_path / "out"
+    keys = [f"alignment={drawn}", f"parsing={drawn}", f"out={out}", *SMALL]
+    assert results.main(keys) == 0, capsys.readouterr().err
+    assert [job.verb for job in called] == ["pack"] + 6 * ["train"] + 12 * ["finetune"]
+
+    # What was pre-trained on: two squares of each training picture, and none of the people that are tested on.
+    faces = open_faces("alignment", "faces", drawn)
+    crops = {path.name.rsplit("-", 2)[0] for path in (out / "crops").iterdir()}
+    assert crops == {face.image.stem for face in faces.train}
+    assert not crops & {face.image.stem for face in faces.test}
+    assert json.loads((out / "shards/manifest.json").read_text())["samples"] == 2 * len(faces.train)
+
+    # Who was taught by whom, for how long, on what the heads stand.
+    arguments = {job.name: dict(a.split("=", 1) for a in job.arguments) for job in called}
+    assert [arguments[f"{kind}-1"]["train.steps"] for kind in ("teacher", "mcf", "mae")] == ["3", "3", "6"]
+    assert arguments["mcf-1"]["teacher.path"] == str(out / "runs/teacher-1")
+    backbones = {}
+    for kind in INITIALISATIONS:
+        model = load_file(out / f"runs/parsing-{kind}-1/model.safetensors")
+        backbones[kind] = model["backbone.vit.blocks.0.attn.qkv.weight"].numpy()
+    for kind in ("mae", "mcf"):
+        (state,) = (out / f"runs/{kind}-1/checkpoints").glob("*/weights.safetensors")
+        (trained,) = [v.numpy() for k, v in load_file(state).items() if k.endswith("encoder.blocks.0.attn.qkv.weight")]
+        np.testing.assert_array_equal(backbones[kind], trained)
+    assert len({value.tobytes() for value in backbones.values()}) == 3
+
+    # The table against numpy, from the metrics of the runs themselves.
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    told = (out / "results.md").read_text().splitlines()
+    for line, (kind, name) in zip(told[2:], INITIALISATIONS.items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == name
+        for cell, task, metric in ((cells[1], "alignment", "nme_inter_ocular"), (cells[-1], "parsing", "f1_mean")):
+            runs = [json.loads((out / f"runs/{task}-{kind}-{seed}/metrics.json").read_text()) for seed in (0, 1)]
+            values = [run["selected"][metric] for run in runs]
+            # Two decimals are printed.
+            expected = [np.mean(values), np.std(values, ddof=1), min(values), max(values)]
+            assert [float(n) for n in re.findall(r"[\d.]+", cell)] == pytest.approx(expected, abs=0.00501)
+            stored = [float(r["value"]) for r in rows if (r["initialisation"], r["metric"]) == (kind, metric)]
+            assert stored == pytest.approx(values, abs=0.0000501)
+
+    called.clear()
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    assert results.main(keys) == 0
+    assert called == []
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    assert (out / "results.md").read_text().splitlines() == told
+
+    capsys.readouterr()
+    assert results.main([*keys[:-1], keys[-1], "jobs=1"]) == 0  # how many at a time changes no number
+    keys[keys.index("steps=6")] = "steps=8"
+    assert results.main(keys) == 2
+    assert "holds results of other keys (steps=6, now 8)" in capsys.readouterr().err
+    assert called == []
+
+
+def test_mean_spread_and_range_of_a_cell():
+    """By hand: 1, 2, 6 have mean 3, squares of deviations 4 + 1 + 9 = 14, and √(14 / 2) = 2.6458."""
+    made = [Result(kind, "parsing", s, "f1_mean", v) for kind in INITIALISATIONS for s, v in enumerate((1.0, 6.0, 2.0))]
+    lines = results.table(made).splitlines()
+    assert lines[0] == "| Frozen encoder | parsing: mean F1, % ↑ |"
+    assert lines[2] == "| random | 3.00 ± 2.65 (1.00–6.00) |"
+    assert len(lines) == 5
+    # One seed has no spread, and none is told.
+    assert results.table([r for r in made if r.seed == 0]).splitlines()[2] == "| random | 1.00 |"
+
+
+def test_jobs_wait_for_those_before_them_and_run_beside_the_others(tmp_path, monkeypatch):
+    started, ended, most, now = {}, {}, 0, 0
+    lock = threading.Lock()
+
+    def call(out: Path, job: Job) -> None:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        started[job.name] = time.monotonic()
+        time.sleep(0.05)
+        ended[job.name] = time.monotonic()
+        with lock:
+            now -= 1
+
+    monkeypatch.setattr(results, "call", call)
+    jobs = [Job("a", "v", ()), Job("b", "v", ()), Job("c", "v", (), ("a",)), Job("d", "v", (), ("c", "b"))]
+    results.run_all(tmp_path, jobs, 2)
+    assert most == 2
+    for job in jobs:
+        assert all(started[job.name] >= ended[other] for other in job.after)
+
+
+def test_a_run_that_fails_is_one_line_and_nothing_is_built_on_it(tmp_path, capsys):
+    """Through real processes: a shape that cannot be, and what would have gone on from it."""
+    (tmp_path / "logs").mkdir()
+    bad = Job("teacher-0", "train", ("recipe=faces_small_mae", "model.width=130", f"output={tmp_path}"))
+    after = Job("mcf-0", "train", ("recipe=faces_small",), ("teacher-0",))
+    with pytest.raises(
+        UserError, match=r"teacher-0 ended with status 2 \(error: .*model\.width=130.*it goes on"
+    ) as failure:
+        results.run_all(tmp_path, [bad, after], 2)
+    assert "\n" not in str(failure.value)
+    assert not (tmp_path / "logs/mcf-0.log").exists()
+
+
+def test_people_on_both_sides_are_refused(tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (40, 40)).save(picture)
+    one, other = Face("a", picture, person="Ada"), Face("b", tmp_path / "b.png", person="Ada")
+    with pytest.raises(UserError, match="Ada is in the training and in a test split; split by person"):
+        results.training_pictures([FaceSet("csv", "alignment", [one], [other], crop="box")])
+    # A picture of one set's training that the other set tests on.
+    sets = [FaceSet("csv", "alignment", [Face("a", picture)], [], crop="box")]
+    sets.append(FaceSet("masks", "parsing", [], [Face("a", picture)], crop="whole"))
+    with pytest.raises(UserError, match="the picture is in the training and in a test split"):
+        results.training_pictures(sets)
+
+
+def test_squares_are_the_middle_of_a_picture_in_two_sizes(tmp_path):
+    """A wide picture with a white square of 56 pixels in its middle: 70 % of its height of 80."""
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[12:68, 32:88] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    (tmp_path / "crops").mkdir()
+    results.squares(tmp_path / "wide.png", tmp_path / "crops", 80)
+    whole, close = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "crops").iterdir()))
+    np.testing.assert_array_equal(whole, pixels[:, 20:100])
+    assert close.shape == (80, 80, 3) and close.min() == 255
