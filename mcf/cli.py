@@ -37,11 +37,8 @@ VERBS = {
     "launch": "start a run, or go on with it where it stopped: on this machine or through Slurm",
     "follow": "show what a run on Slurm prints until it has ended",
     "finetune": "train a head for alignment or parsing on an encoder, and evaluate it",
-<<<<<<< HEAD
     "probe": "ask an encoder's features of labelled faces: identity, landmarks, rank, uniformity",
-=======
     "results": "compare encoders by alignment and parsing: random, by the pixel loss alone, by the method",
->>>>>>> r2
     "predict": "draw the points or classes that a fine-tuned model finds on your own pictures",
     "train": "what every rank of a run does; run=RUN_DIR is what mcf.launch gives it",
     "task": "one rank of a run in a batch script of one's own: mcf.train, watched",
