@@ -261,7 +261,7 @@ class WatchdogConfig(Section):
         "heartbeats come sixty times as often, 0.5 to 10 s apart",
     )
     slow_timeout: float = Field(
-        1800.0, gt=0, le=7200, description="the same for the start, the first step, probing, saving and the end, which may take long"
+        1800.0, gt=0, le=7200, description="the same for the start, the first step, probing, evaluating, saving and the end, which may take long"
     )  # fmt: skip
 
 

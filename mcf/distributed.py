@@ -28,6 +28,8 @@ from mcf.exits import UNAVAILABLE
 T = TypeVar("T")
 # torch 2.13 renamed the collective and warns about the old name, which 2.10 alone knows.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Seconds that a collective of a watched run waits for a rank: longer than the watchdog, which knows more and says more.
+PATIENCE = 3 * 3600.0
 # Dynamic ports of Linux start at 32768: below it no outgoing connection of somebody else sits on ours by chance.
 PORTS = (20_000, 32_000)
 

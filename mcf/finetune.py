@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """The verb; with `run=RUN_DIR` a rank that the launcher has started.
 
     Exit status 0: done, or ended by ctrl-C. SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again.
+    RANK_LOST: another rank was dead or stuck.
     """
     argv = sys.argv[1:] if argv is None else argv
     runs = [argument.removeprefix("run=") for argument in argv if argument.startswith("run=")]
@@ -51,20 +52,25 @@ def work(config: FinetuneConfig, run_dir: Path) -> int:
     from mcf import distributed
     from mcf.finetuning import Finetuning
     from mcf.stop import StopSignal
+    from mcf.watchdog import Watchdog
 
     stop = StopSignal()
-    world = distributed.join()
-    distributed.set_threads(world, config.train.threads)
-    level = logging.INFO if world.is_main else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    started = time.monotonic()
-    run = Finetuning(config, run_dir, world)
-    done = run.run(stop)
-    log.info(
-        "%s after step %d of %d, %.0f s", "done" if done else "stopped, start it again to go on:", run.progress.step,
-        run.steps, time.monotonic() - started,
-    )  # fmt: skip
-    distributed.leave()
+    place = distributed.rendezvous(os.environ)
+    with Watchdog(place.rank, place.size, distributed.launch_name(os.environ), config.watchdog) as watchdog:
+        watchdog.open(run_dir)
+        watchdog.mark("joining")
+        world = distributed.join(timeout=distributed.PATIENCE)
+        distributed.set_threads(world, config.train.threads)
+        level = logging.INFO if world.is_main else logging.WARNING
+        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        started = time.monotonic()
+        run = Finetuning(config, run_dir, world, watchdog.mark)
+        done = run.run(stop)
+        log.info(
+            "%s after step %d of %d, %.0f s", "done" if done else "stopped, start it again to go on:", run.progress.step,
+            run.steps, time.monotonic() - started,
+        )  # fmt: skip
+        distributed.leave()
     return SAVED if run.interrupted else 0
 
 
@@ -117,4 +123,8 @@ def absolute(config: FinetuneConfig) -> FinetuneConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if status := main():
+        # As in mcf.train: what libraries tidy up of half a group can hang.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

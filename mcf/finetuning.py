@@ -36,6 +36,7 @@ from mcf.guard import Guard
 from mcf.state import fingerprint
 from mcf.stop import StopSignal
 from mcf.track import Tracker
+from mcf.watchdog import Mark, unwatched
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,10 @@ TASKS: dict[str, type[Alignment] | type[Parsing]] = {"alignment": Alignment, "pa
 class Finetuning:
     """One run on one rank: its parts, put together and brought to where the run stands."""
 
-    def __init__(self, config: FinetuneConfig, run_dir: Path, world: distributed.World):
-        self.config, self.run_dir, self.world = config, run_dir, world
+    def __init__(self, config: FinetuneConfig, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
+        self.config, self.run_dir, self.world, self.mark = config, run_dir, world, mark
         self.interrupted = False
+        mark("reading data")
         self.set = open_faces(config.task, config.dataset, config.data)
         self.train, self.validation = chosen_faces(self.set.train, config)
         self.epochs = config.train.epochs or self.set.epochs
@@ -65,6 +67,7 @@ class Finetuning:
         if found is not None:
             self.progress = state.check_same_run(found, config, self.progress.data)
 
+        mark("reading weights")
         backbone = load_backbone(config).to(world.device)
         identity = fingerprint(backbone)
         if found is not None and self.progress.backbone != identity:
@@ -72,6 +75,7 @@ class Finetuning:
                 f"weights={config.weights}: other weights than the run began with; give the old ones, or another name="
             )
         self.progress.backbone = identity
+        mark("building")
         decoder = build_decoder(config.seed, backbone.vit.width, self.set.channels, config.head)
         self.backbone = backbone.eval().requires_grad_(False) if config.freeze else None
         trained: nn.Module = decoder if config.freeze else Network(backbone, decoder)
@@ -111,8 +115,11 @@ class Finetuning:
             batches = self.loader.training(self.train, start, self.world.rank, self.world.size, self.local_batch)
             since, steps, stopping = time.monotonic(), 0, False
             while progress.step < last:
+                self.mark("loading", progress.step + 1)
                 terms, keys = self.step(batches)
+                self.mark("step")
                 result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
+                self.mark("logging")
                 progress.step += 1
                 steps += 1
                 if result.applied:
@@ -141,6 +148,7 @@ class Finetuning:
                     self.save(tracker, raises=stopping)
                 if stopping:
                     break
+            self.mark("ending")
             finished = progress.step >= self.steps
             if finished:
                 self.finish(tracker)
@@ -161,7 +169,9 @@ class Finetuning:
         sums: dict[str, torch.Tensor] = {}
         keys: list[str] = []
         for _ in range(self.accumulation):
+            self.mark("loading")
             batch = next(batches)
+            self.mark("forward")
             if self.backbone is None:
                 logits = self.engine(batch.images)
             else:
@@ -169,6 +179,7 @@ class Finetuning:
                     maps = self.backbone(batch.images)
                 logits = self.engine(*maps)
             terms = self.task.terms(logits, batch)
+            self.mark("backward")
             self.engine.backward(terms["total"])
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() / self.accumulation
@@ -216,7 +227,12 @@ class Finetuning:
         """Scores of a network on faces that all ranks share. Collective."""
         mine = range(self.world.rank, len(faces), self.world.size)
         judged: list[tuple[int, np.ndarray]] = []
-        for batch in self.loader.plain([faces[i] for i in mine], self.local_batch):
+        batches = self.loader.plain([faces[i] for i in mine], self.local_batch)
+        # As many marks on every rank, although some have a batch less.
+        for _ in range(-(-len(faces) // (self.local_batch * self.world.size))):
+            self.mark("evaluating")
+            if (batch := next(batches, None)) is None:
+                continue
             predictions = self.task.predict(network(batch.images), batch.faces)
             for prediction, prepared in zip(predictions, batch.faces):
                 judged.append((mine[len(judged)], self.task.judge(prediction, prepared)))
@@ -245,6 +261,7 @@ class Finetuning:
     def save(self, tracker: Tracker, *, raises: bool) -> None:
         """Save a checkpoint. One that fails is told, and ends the run only where it is its outcome. Collective."""
         failed: str | None = None
+        self.mark("saving")
         tensors = self.engine.state_dict()
         if self.world.is_main:
             tracker.sync()
@@ -259,6 +276,7 @@ class Finetuning:
             except checkpoint.SaveFailed as failure:
                 failed = str(failure)
                 tracker.event("checkpoint_failed", message=failed, step=self.progress.step)
+        self.mark("waiting")
         failed = distributed.broadcast(failed)
         if failed and raises:
             raise UserError(f"{failed}, then start again: the run goes on from there")

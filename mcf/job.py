@@ -22,11 +22,12 @@ from pathlib import Path
 from pydantic import Field
 
 from mcf import checkpoint, cli, slurm
-from mcf.config import Section
+from mcf.config import Recipe, Section
 from mcf.ending import TOLD, describe_end, first_to_fail, has_told, told
 from mcf.errors import UserError
 from mcf.exits import SAVED, USER_ERROR
 from mcf.output import ERROR
+from mcf.settings import read_recipe, validate
 from mcf.task import JOBS, read_statuses, restarts
 from mcf.track.jsonl import EVENTS, Writer, read
 
@@ -134,7 +135,8 @@ def _left_alone(job: str, start: int) -> str:
 
 def _refusal(run_dir: Path, failed: bool, start: int, step: int) -> str:
     """Why the job does not go back to the queue, and what to do; "" if it does."""
-    most = cli.load_recipe([f"recipe={run_dir / 'recipe.yaml'}"], verb="job").slurm.max_requeues
+    # Without the checks across keys, which the launcher has made: they are of pre-training, and this may be fine-tuning.
+    most = validate(Recipe, read_recipe(str(run_dir / "recipe.yaml")), "job").slurm.max_requeues
     if start >= most:
         return f"not requeued again: slurm.max_requeues={most}; launch again to go on from step {step}"
     if not failed:

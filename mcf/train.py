@@ -38,9 +38,6 @@ from mcf.weights import build_teacher, read_start, read_teacher
 
 log = logging.getLogger(__name__)
 
-# Seconds that a collective waits for a rank: longer than the watchdog, which knows more and says more.
-COLLECTIVE = 3 * 3600.0
-
 
 class Training:
     """One run on one rank: its parts, put together and brought to where the run stands."""
@@ -251,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         if run_dir := run_dir_of(argv):
             watchdog.open(run_dir)
         watchdog.mark("joining")
-        world = distributed.join(timeout=COLLECTIVE)
+        world = distributed.join(timeout=distributed.PATIENCE)
         recipe, run_dir = distributed.from_main(lambda: read_arguments(argv))
         watchdog.open(run_dir)
         watchdog.configure(recipe.watchdog)

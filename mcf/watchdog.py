@@ -42,7 +42,7 @@ JUDGES = 8  # ranks that look first
 NEAR = 8  # neighbours among which a rank finds those of its own machine
 _AT_LEAST = 20.0  # seconds that storage which hangs may hold back the end
 # Phases that may take long: rank 0 writes a checkpoint, trackers are given time for their last words.
-_SLOW = ("probing", "saving", "waiting", "ending")
+_SLOW = ("probing", "evaluating", "saving", "waiting", "ending")
 
 
 class Mark(Protocol):

@@ -21,8 +21,8 @@ trap : TERM # Slurm ends the ranks; this script is still needed then
 # A rank that ends leaves the others a minute for their own last words.
 srun --wait=60 --unbuffered --cpus-per-task="$SLURM_CPUS_PER_TASK" python -u -m mcf.finetune "$@"
 status=$?
-# 75: told to stop before its end, and saved (mcf/exits.py).
-if [ "$status" -eq 75 ]; then
+# 75: told to stop before its end, and saved; 76: a rank was dead or stuck, which a few new starts may mend (mcf/exits.py).
+if [ "$status" -eq 75 ] || { [ "$status" -eq 76 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

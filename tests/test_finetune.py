@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from mcf import checkpoint, finetune, predict
 from mcf.downstream import saved
-from mcf.exits import SAVED
+from mcf.exits import RANK_LOST, SAVED
 from mcf.models.vit import VisionTransformer
 from mcf.track.jsonl import read
 from mcf.weights import files
@@ -328,6 +329,50 @@ def test_told_to_stop_it_saves_and_goes_on_later(places, tmp_path):
     assert event["kind"] == "stopped"
     assert 3 <= event["step"] < 800
     assert checkpoint.step_of(checkpoint.latest(tmp_path / "told")) == event["step"]
+
+
+def test_a_stopped_rank_is_named_and_ends_the_run(places, tmp_path):
+    keys = ("name=lost", "train.epochs=4000", "evaluate_every=4000", "watchdog.timeout=5", "watchdog.slow_timeout=200")
+    processes = start_ranks(places, tmp_path, 2, *keys)
+    try:
+        metrics, deadline = tmp_path / "lost/metrics.jsonl", time.monotonic() + 240
+        while not metrics.exists() or len(read(metrics)) < 3:
+            assert [p.poll() for p in processes] == [None, None], (tmp_path / "rank-0.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGSTOP)
+        assert processes[0].wait(120) == RANK_LOST, (tmp_path / "rank-0.log").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+    event = read(tmp_path / "lost/events.jsonl")[-1]
+    assert (event["kind"], event["ranks"]) == ("rank_lost", [1])
+    (line,) = [line for line in (tmp_path / "rank-0.log").read_text().splitlines() if line.startswith("error: ")]
+    assert "rank 1 (" in line and "is stopped (SIGSTOP)" in line
+
+
+def test_an_evaluation_makes_as_many_marks_on_every_rank(monkeypatch):
+    """Five faces over two ranks at two a time: two batches here, one and a mark there."""
+    from mcf.finetuning import Finetuning
+
+    counted = {}
+    for rank in (0, 1):
+        judge = Finetuning.__new__(Finetuning)
+        judge.world = SimpleNamespace(rank=rank, size=2)
+        judge.local_batch, marks = 2, []
+        judge.mark = lambda phase, step=None, marks=marks: marks.append(phase)
+        judge.loader = SimpleNamespace(
+            plain=lambda faces, size: iter(
+                [SimpleNamespace(images=None, faces=faces[i : i + size]) for i in range(0, len(faces), size)]
+            )
+        )
+        judge.task = SimpleNamespace(
+            predict=lambda _, faces: faces, judge=lambda prediction, _: prediction, score=lambda _, results: results
+        )
+        monkeypatch.setattr("mcf.distributed.gather_objects", lambda value: [value])
+        assert judge.evaluate(lambda _: None, [0, 1, 2, 3, 4]) == ([0, 2, 4] if rank == 0 else [1, 3])
+        counted[rank] = marks
+    assert counted[0] == counted[1] == ["evaluating"] * 2
 
 
 def test_through_the_launcher(run, places, tmp_path, capsys):

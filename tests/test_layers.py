@@ -52,8 +52,8 @@ ARROWS = {
         "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.lock", "mcf.output", "mcf.slurm", "mcf.task",
     },
     "mcf.job": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.output", "mcf.slurm",
-        "mcf.task", "mcf.track.jsonl",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.output", "mcf.settings",
+        "mcf.slurm", "mcf.task", "mcf.track.jsonl",
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
@@ -96,11 +96,11 @@ ARROWS = {
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
     "mcf.finetuning": {
         "mcf.checkpoint", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.guard", "mcf.state", "mcf.stop",
-        "mcf.track",
+        "mcf.track", "mcf.watchdog",
     },
     "mcf.finetune": {
         "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning", "mcf.local",
-        "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task",
+        "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
     },
     "mcf.probe": {"mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.probing"},
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},

@@ -19,6 +19,7 @@ from mcf.config import (
     SlurmConfig,
     TrackConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 
 # Learning rate of pyramid and head (DOWNSTREAM 1).
@@ -127,6 +128,7 @@ class FinetuneConfig(Section):
     train: FinetuneTrainConfig = FinetuneTrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     track: FinetuneTrackConfig = FinetuneTrackConfig()
     slurm: SlurmConfig = SlurmConfig()
 
@@ -156,5 +158,5 @@ class FinetuneConfig(Section):
                 lr=self.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
             ),
             train=TrainConfig(precision=self.train.precision, zero_stage=self.train.zero_stage),
-            checkpoint=self.checkpoint, guard=self.guard, track=self.track, slurm=self.slurm,
+            checkpoint=self.checkpoint, guard=self.guard, watchdog=self.watchdog, track=self.track, slurm=self.slurm,
         )  # fmt: skip

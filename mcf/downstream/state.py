@@ -30,7 +30,7 @@ FORMAT = 1
 # What may differ between two starts of one run.
 _FREE = (
     "mode", "nodes", "gpus_per_node", "slurm", "output", "data", "weights", "micro_batch", "pictures", "attention", "train.stop_after", "train.zero_stage",
-    "train.threads", "train.readers", "train.log_every", "checkpoint", "guard", "track",
+    "train.threads", "train.readers", "train.log_every", "checkpoint", "guard", "watchdog", "track",
 )  # fmt: skip
 
 
