@@ -30,7 +30,8 @@ from mcf.weights.vit import ViTShape, check
 NESTS = ("state_dict", "model", "module")
 HEAD = ("head.", "head_dist.")
 VARIANT, CLIP = "variant", "clip"  # of a file's metadata: what its tensors cannot say
-CLIP_HEAD = 64  # width of a head in every CLIP ViT (Radford et al. 2021, table 20)
+CLIP_HEAD = 64  # width of a head in CLIP's ViT-B and L (Radford et al. 2021, table 20), and in FaRL's
+CLIP_LARGE = 1024  # width of the L; beyond it, heads are of other widths
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BRANCHES = {"encoder": "encoder", "momentum": "momentum encoder"}
@@ -193,6 +194,7 @@ _CLIP_NAMES = {
     "ln_1": "norm1", "ln_2": "norm2", "attn.in_proj": "attn.qkv", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }  # fmt: skip
+_FARL_MASKED = ("lm_transformer.", "lm_head.", "ln_lm.")
 _CLIP_OUTSIDE = {
     "class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.weight": "patch_embed.proj.weight",
     "ln_pre.weight": "norm_pre.weight", "ln_pre.bias": "norm_pre.bias", "ln_post.weight": "norm.weight",
@@ -201,7 +203,9 @@ _CLIP_OUTSIDE = {
 
 
 def _farl(names: Mapping[str, Any], _: str) -> dict[str, Any]:
-    """CLIP's image encoder under timm's names, for input in ImageNet's units; its projection to the text's space is left out.
+    """CLIP's image encoder under timm's names, for input in ImageNet's units.
+
+    Left out are its projection to the text's space, and what FaRL's masked image modelling stands on top of it.
 
     Raises KeyError for a name that it does not have.
     """
@@ -210,7 +214,7 @@ def _farl(names: Mapping[str, Any], _: str) -> dict[str, Any]:
         return dict(names)
     found: dict[str, Any] = {}
     for name, value in inside.items():
-        if name == "proj":
+        if name in ("proj", "mask_token") or name.startswith(_FARL_MASKED):
             continue
         if (block := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name)) is None:
             if name not in _CLIP_OUTSIDE:
@@ -260,7 +264,7 @@ def _encoder(
     state, shape = check(body, where, clip=clip)
     stated = metadata.get("heads", "")
     heads = int(stated) if stated.isdecimal() else None
-    if heads is None and clip and shape.width % CLIP_HEAD == 0:
+    if heads is None and clip and shape.width <= CLIP_LARGE and shape.width % CLIP_HEAD == 0:
         heads = shape.width // CLIP_HEAD
     return Encoder(state, shape, heads, origin)
 

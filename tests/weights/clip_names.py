@@ -50,14 +50,23 @@ def openai_names(model) -> dict[str, Tensor]:
 
 
 def farl_file(path, model, **changes: Tensor | None) -> dict[str, Tensor]:
-    """Write a file as FaRL's: the tower among the text encoder, under `state_dict`. None takes a name away."""
+    """Write a file as FaRL's: the tower, what masked image modelling adds to it, and the text encoder, under `state_dict`.
+
+    None takes a name away.
+    """
     text = {
         "positional_embedding": torch.randn(7, 16), "text_projection": torch.randn(16, 64), "logit_scale": torch.ones(()),
         "token_embedding.weight": torch.randn(9, 16), "ln_final.weight": torch.ones(16),
         "transformer.resblocks.0.attn.in_proj_weight": torch.randn(48, 16),
         "transformer.resblocks.0.ln_1.weight": torch.ones(16),
     }  # fmt: skip
-    names = {**text, **openai_names(model), **changes}
+    masked = {
+        "visual.mask_token": torch.randn(WIDTH), "visual.lm_head.weight": torch.randn(11, WIDTH),
+        "visual.lm_head.bias": torch.randn(11), "visual.ln_lm.weight": torch.ones(WIDTH),
+        "visual.lm_transformer.resblocks.0.attn.in_proj_weight": torch.randn(3 * WIDTH, WIDTH),
+        "visual.lm_transformer.resblocks.0.ln_1.bias": torch.randn(WIDTH),
+    }  # fmt: skip
+    names = {**text, **masked, **openai_names(model), **changes}
     state = {name: tensor for name, tensor in names.items() if tensor is not None}
     torch.save({"state_dict": state, "epoch": 64}, path)
     return state
