@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import hypothesis
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -77,7 +78,7 @@ def test_negative_numbers_reach_the_check_of_the_key():
     assert refusal("train.epochs=-1") == "train.epochs=-1: expected a number > 0"
 
 
-@settings(deadline=None)  # a machine may be shared by many
+@hypothesis.settings(deadline=None)  # a machine may be shared by many
 @given(st.floats(min_value=1e-300, max_value=1e300, allow_nan=False))
 def test_every_float_comes_back_from_the_command_line_and_from_a_dump(value):
     argument = f"optimizer.eps={cli.render(value)}"
