@@ -1,13 +1,14 @@
 """JPEG bytes to images with DALI, on a GPU or without one: the only door to it.
 
     on a GPU      external_source ── decoders.image (mixed) ── resize and mirror ── uint8 [b, H, W, 3]
-    without one   external_source ── decoders.image (cpu) ── mirror ── resize by torch ── uint8 [b, H, W, 3]
+    without one   external_source ── decoders.image (cpu) ── resize and mirror by torch ── uint8 [b, H, W, 3]
 
-One micro-batch goes in and comes out at a time, so that a batch that fails is known; overlap comes from the loader's
-thread and from DALI's own. The pictures are resized to a square with bilinear interpolation and antialiasing (the
-triangle filter, as torchvision's Resize does on a PIL image), and not normalised: that is done where the pixels are
-used. DALI's resize for the CPU takes two to four times as long as its decoder; torch has the same filter in integers
-and needs a fifth of that, so it is taken there. jpeg_fancy_upsampling makes the GPU upsample chroma as libjpeg does.
+One micro-batch is in DALI at a time, so that a batch that fails is known. `begin` gives it one, on which its own threads
+work; `wait` takes it back; what torch has to do with it, `finish` does, best when DALI has begun the next. The pictures
+are resized to a square with bilinear interpolation and antialiasing (the triangle filter, as torchvision's Resize does
+on a PIL image), and not normalised: that is done where the pixels are used. DALI's resize for the CPU takes two to four
+times as long as its decoder, and its flip a fifth of it; torch has the same filter in integers and needs a fifth of
+that, and little for the flip. jpeg_fancy_upsampling makes the GPU upsample chroma as libjpeg does.
 
 One JPEG that does not decode makes DALI fail the batch and declare the pipeline dead. `Decoder.decode` then finds an
 image that fails on its own, raises `Undecodable`, and goes on with a new pipeline.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +59,13 @@ def jpeg_size(jpeg: np.ndarray) -> tuple[int, int] | None:
     return None
 
 
+class Decoded(NamedTuple):
+    """A decoded micro-batch: DALI's list of images, and which of them are to be flipped where DALI has not done so."""
+
+    images: Any
+    mirror: np.ndarray
+
+
 class Decoder:
     """Decodes micro-batches of up to `batch` JPEGs to uint8 [b, image_size, image_size, 3] on `device`.
 
@@ -72,32 +80,46 @@ class Decoder:
         self._mixed = device.type == "cuda" and decoder != "cpu"
         self._dali = import_dali()
         self._pipeline: Any = None
+        self._begun: tuple[Sequence[np.ndarray], np.ndarray, dict[int, str]] = [], np.zeros(0, dtype=bool), {}
 
     def decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
         """Images of the JPEGs (uint8 [bytes] each), those with `mirror` (bool [b]) flipped left to right.
 
         Raises Undecodable when some of them are no images, naming one or more of those; the next call works again.
         """
-        images = self._decode(jpegs, mirror)
-        return self._copied(images) if self._mixed else self._resized(images)
+        self.begin(jpegs, mirror)
+        return self.finish(self.wait())
 
     def check(self, jpegs: Sequence[np.ndarray]) -> None:
         """Decode and throw away. Raises Undecodable as `decode` does."""
-        self._decode(jpegs, np.zeros(len(jpegs), dtype=bool))
+        self.begin(jpegs, np.zeros(len(jpegs), dtype=bool))
+        self.wait()
 
-    def _decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray):
+    def begin(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> None:
+        """Have DALI decode a micro-batch on its own threads, once the one before has been waited for."""
         sizes = [jpeg_size(jpeg) for jpeg in jpegs]
         absurd = {i: why for i, size in enumerate(sizes) if (why := _absurd(size))}
+        self._begun = jpegs, mirror, absurd
+        if not absurd:
+            self._start(jpegs, mirror)
+
+    def wait(self) -> Decoded:
+        """What was begun, when it is decoded. Raises Undecodable as `decode` does; then the batch is to be begun again."""
+        jpegs, mirror, absurd = self._begun
         if absurd:
             raise Undecodable(absurd)
         try:
-            return self._run(jpegs, mirror)
+            return Decoded(self._outputs(), mirror)
         except RuntimeError as error:
             self.close()
             reasons = self._broken(jpegs, str(error))
             if reasons:
                 raise Undecodable(reasons) from None
-            return self._run(jpegs, mirror)  # no image is to blame: let a second failure speak for itself
+            return Decoded(self._run(jpegs, mirror), mirror)  # no image is to blame: let it fail in its own words
+
+    def finish(self, decoded: Decoded) -> Tensor:
+        """The images of what was waited for; the next micro-batch may have begun."""
+        return self._copied(decoded.images) if self._mixed else self._resized(decoded.images, decoded.mirror)
 
     def close(self) -> None:
         """Let the pipeline and its buffers go; the next batch builds another."""
@@ -125,10 +147,20 @@ class Decoder:
         return None
 
     def _run(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray):
-        """DALI's list of images, which the next run writes over."""
+        self._start(jpegs, mirror)
+        return self._outputs()
+
+    def _start(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> None:
         if self._pipeline is None:
             self._pipeline = self._build()
-        (images,) = self._pipeline.run(jpegs=list(jpegs), mirror=mirror.astype(np.int32))
+        self._pipeline.feed_input("jpegs", list(jpegs))
+        if self._mixed:
+            self._pipeline.feed_input("mirror", mirror.astype(np.int32))
+        self._pipeline.schedule_run()
+
+    def _outputs(self):
+        """DALI's list of images. Their buffer is not used again while somebody holds the list (exec_dynamic)."""
+        (images,) = self._pipeline.outputs()
         return images
 
     def _build(self):
@@ -139,27 +171,26 @@ class Decoder:
             num_threads=self.threads,
             device_id=_index(self.device) if on_gpu else None,
             prefetch_queue_depth=1,
+            exec_dynamic=True,
             seed=0,
         )
         with pipe:
             jpegs = fn.external_source(name="jpegs", device="cpu", dtype=types.UINT8, ndim=1, batch=True)
-            mirror = fn.external_source(name="mirror", device="cpu", dtype=types.INT32, ndim=0, batch=True)
             images = fn.decoders.image(
                 jpegs, device="mixed" if self._mixed else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
             )
             if self._mixed:
+                mirror = fn.external_source(name="mirror", device="cpu", dtype=types.INT32, ndim=0, batch=True)
                 size = {"resize_x": side, "resize_y": side, "crop": (side, side)}
                 images = fn.resize_crop_mirror(
                     images, **size, mirror=mirror, interp_type=types.INTERP_LINEAR, antialias=True
                 )
-            else:
-                images = fn.flip(images, horizontal=mirror)
             pipe.set_outputs(images)
         pipe.build()
         return pipe
 
     def _copied(self, images) -> Tensor:
-        """Pictures of the right size, copied out of DALI's buffer on the GPU, which the next run writes over."""
+        """Pictures of the right size, copied out of DALI's buffer on the GPU."""
         dense = images.as_tensor()
         result = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
         stream = torch.cuda.current_stream(self.device)
@@ -167,8 +198,8 @@ class Decoder:
         stream.synchronize()
         return result
 
-    def _resized(self, images) -> Tensor:
-        """Pictures of any sizes, copied out of DALI's buffer and resized; those of one size in one go."""
+    def _resized(self, images, mirror: np.ndarray) -> Tensor:
+        """Pictures of any sizes, copied out of DALI's buffer, resized and mirrored; those of one size in one go."""
         side = self.image_size
         result = torch.empty(len(images), side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -181,7 +212,7 @@ class Decoder:
                 resized = F.interpolate(stacked, (side, side), mode="bilinear", antialias=True)
                 pictures = list(resized.permute(0, 2, 3, 1))
             for i, picture in zip(places, pictures):  # result[places] = … takes many times as long
-                result[i].copy_(picture)
+                result[i].copy_(_mirrored(picture) if mirror[i] else picture)
         return result.to(self.device)
 
 
@@ -262,6 +293,11 @@ def import_dali():
             raise
         raise missing_package("nvidia-dali", "reading shards", "nvidia-dali-cuda130") from None
     return fn, types, Pipeline, feed_ndarray
+
+
+def _mirrored(picture: Tensor) -> Tensor:
+    """A picture, uint8 [H, W, 3], flipped left to right. Torch is fast at this where it sees [b, C, H, W], channels last."""
+    return picture.permute(2, 0, 1)[None].flip(-1)[0].permute(1, 2, 0)
 
 
 def _index(device: torch.device) -> int:

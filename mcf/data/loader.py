@@ -1,6 +1,9 @@
 """The loader: order → reader → decoder, in a thread of its own, a few micro-batches ahead of training.
 
-    positions of this rank ── Reader.take ── JPEGs ── flips from (seed, position) ── Decoder.decode ── Batch ── queue
+    positions of this rank ── Reader.take ── JPEGs ── flips from (seed, position) ── Decoder ── Batch ── queue
+
+While DALI's threads decode a micro-batch, this thread takes the next from the reader and finishes the last; so they wait
+for Python only while they are handed JPEGs.
 
 The sequence of samples over all ranks is that of `mcf.data.order`, whatever the ranks, the micro-batch, the threads and
 the restarts. A sample that cannot be read or decoded does not change the sequence: it keeps its position, its key and
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mcf.config import DataConfig
-from mcf.data.dali import Decoder, Undecodable
+from mcf.data.dali import Decoded, Decoder, Undecodable
 from mcf.data.order import Order
 from mcf.data.reader import PAUSES, Reader, Sample, Stored
 from mcf.data.shards import Manifest, load_manifest
@@ -163,6 +166,16 @@ class Loader:
             producer.close()
 
 
+@dataclass
+class _Work:
+    """A micro-batch on its way: `jpegs` are those to be shown, which are not the samples' own where these are bad."""
+
+    samples: list[Sample]
+    positions: Tensor  # int64 [b]
+    mirror: np.ndarray  # bool [b]
+    jpegs: list[np.ndarray | None]
+
+
 class _Producer:
     """The thread that makes batches, and its queue. The first error ends it, and is raised where batches are taken."""
 
@@ -219,8 +232,12 @@ class _Producer:
             )
             if loader.device.type == "cuda":
                 torch.cuda.set_device(loader.device)
+            begun = self._begin(self._take(reader), reader)
             while not self.closing.is_set():
-                self._put(self._make(reader))
+                following = self._take(reader)
+                decoded = self._decoded(begun, reader)
+                done, begun = begun, self._begin(following, reader)
+                self._put(self._batch(done, decoded))
         except BaseException as error:  # the one who waits for a batch must hear of everything
             self._put(error)
         finally:
@@ -236,27 +253,40 @@ class _Producer:
                 self.ready.put(item, timeout=0.1)
                 return
 
-    def _make(self, reader: Reader) -> Batch:
+    def _take(self, reader: Reader) -> _Work:
         samples = reader.take(self.loader.micro_batch)
-        self.seen += len(samples)
         positions = torch.tensor([sample.position for sample in samples], dtype=torch.int64)
         mirror = (uniform(self.loader.seed, positions, FLIP) < self.loader.data.flip).numpy()
-        images = self._decode(samples, mirror, reader)
-        return Batch(images, positions.to(self.loader.device), [sample.stored.key for sample in samples])
+        return _Work(samples, positions, mirror, [sample.stored.jpeg for sample in samples])
 
-    def _decode(self, samples: list[Sample], mirror: np.ndarray, reader: Reader) -> Tensor:
-        """Decode a micro-batch; what cannot be decoded is replaced until all can."""
-        jpegs = [sample.stored.jpeg for sample in samples]
-        reasons = {i: reason for i, sample in enumerate(samples) if (reason := self._known(sample.stored))}
+    def _begin(self, work: _Work, reader: Reader) -> _Work:
+        """Have a micro-batch decoded. Nothing else may be in the decoder: it is needed for those that stand in."""
+        self.seen += len(work.samples)
+        reasons = {i: reason for i, sample in enumerate(work.samples) if (reason := self._known(sample.stored))}
+        self._replace(work, reasons, reader)
+        self.decoder.begin(work.jpegs, work.mirror)  # type: ignore[arg-type]  # None is replaced by now
+        return work
+
+    def _decoded(self, work: _Work, reader: Reader) -> Decoded:
+        """Wait for the micro-batch that was begun; what cannot be decoded is replaced until all can."""
         while True:
-            self._refuse_too_many(samples, reasons)
-            for i, reason in reasons.items():
-                jpegs[i] = self._stand_in(samples[i], reason, reader)
             try:
-                return self.decoder.decode(jpegs, mirror)  # type: ignore[arg-type]  # None is replaced above
+                return self.decoder.wait()
             except Undecodable as error:
-                reasons = error.reasons
-                self.undecodable |= {(samples[i].stored.shard, samples[i].stored.row): reasons[i] for i in reasons}
+                for i, reason in error.reasons.items():
+                    stored = work.samples[i].stored
+                    self.undecodable[stored.shard, stored.row] = reason
+                self._replace(work, error.reasons, reader)
+                self.decoder.begin(work.jpegs, work.mirror)  # type: ignore[arg-type]
+
+    def _batch(self, work: _Work, decoded: Decoded) -> Batch:
+        keys = [sample.stored.key for sample in work.samples]
+        return Batch(self.decoder.finish(decoded), work.positions.to(self.loader.device), keys)
+
+    def _replace(self, work: _Work, reasons: dict[int, str], reader: Reader) -> None:
+        self._refuse_too_many(work.samples, reasons)
+        for i, reason in reasons.items():
+            work.jpegs[i] = self._stand_in(work.samples[i], reason, reader)
 
     def _known(self, stored: Stored) -> str | None:
         """Why a sample is bad, if that is known before decoding it."""

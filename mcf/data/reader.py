@@ -155,7 +155,7 @@ class _OpenWindow:
         self.future, self.rows, self.shards = future, rows, shards
 
     def take(self, offset: int) -> Stored:
-        while not wait([self.future], timeout=_SLOW).done:
+        while not self.future.done() and not wait([self.future], timeout=_SLOW).done:  # the first costs far less
             log.warning(
                 "still waiting for the storage to read from %s; nothing is lost, training waits too", self.shards
             )

@@ -31,14 +31,14 @@ def arguments(folder, *more):
 
 
 def test_rates_and_waits_are_those_of_the_loop(folder, monkeypatch, capsys):
-    plain = Decoder.decode
+    plain = Decoder.finish
 
-    def slow(self, jpegs, mirror):
-        if len(jpegs) == 8:
+    def slow(self, decoded):
+        if len(decoded.images) == 8:
             time.sleep(0.02)  # 8 images in 20 ms: 400 images/s at the most
-        return plain(self, jpegs, mirror)
+        return plain(self, decoded)
 
-    monkeypatch.setattr(Decoder, "decode", slow)
+    monkeypatch.setattr(Decoder, "finish", slow)
     assert main(arguments(folder, f"json_file={folder / 'numbers.json'}", "train_rate=50")) == 0
     report = json.loads((folder / "numbers.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
@@ -52,8 +52,8 @@ def test_rates_and_waits_are_those_of_the_loop(folder, monkeypatch, capsys):
 
 
 def test_wrong_pictures_are_not_timed(folder, monkeypatch, capsys):
-    plain = Decoder.decode
-    monkeypatch.setattr(Decoder, "decode", lambda *a: plain(*a).flip(1))
+    plain = Decoder.finish
+    monkeypatch.setattr(Decoder, "finish", lambda *a: plain(*a).flip(1))
     assert main(arguments(folder)) == 2
     assert "not timed" in capsys.readouterr().err
 

@@ -329,8 +329,8 @@ def test_an_error_in_the_thread_is_raised_where_batches_are_taken(folder, monkey
 
 
 def test_wait_is_the_time_that_next_took(folder, monkeypatch):
-    plain = Decoder.decode
-    monkeypatch.setattr(Decoder, "decode", lambda *a: time.sleep(0.05) or plain(*a))
+    plain = Decoder.wait
+    monkeypatch.setattr(Decoder, "wait", lambda self: time.sleep(0.05) or plain(self))
     loader = make(folder, prefetch=1)
     batches = iter(loader)
     next(batches), next(batches)
