@@ -199,21 +199,29 @@ class Decoder:
         return result
 
     def _resized(self, images, mirror: np.ndarray) -> Tensor:
-        """Pictures of any sizes, copied out of DALI's buffer, resized and mirrored; those of one size in one go."""
-        side = self.image_size
-        result = torch.empty(len(images), side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for i, shape in enumerate(images.shape()):
-            by_shape.setdefault(tuple(shape), []).append(i)
-        for shape, places in by_shape.items():
-            pictures = [torch.from_numpy(np.asarray(images[i])) for i in places]  # views
-            if shape[:2] != (side, side):
-                stacked = torch.stack(pictures).permute(0, 3, 1, 2)  # in memory still channels last, the fast way
-                resized = F.interpolate(stacked, (side, side), mode="bilinear", antialias=True)
-                pictures = list(resized.permute(0, 2, 3, 1))
-            for i, picture in zip(places, pictures):  # result[places] = … takes many times as long
-                result[i].copy_(_mirrored(picture) if mirror[i] else picture)
+        """Pictures of the right size, from pictures of any sizes; those of one size are resized in one go."""
+        if images.is_dense_tensor():  # all of one size, which is usual: where it is the right one, nothing is copied
+            result = self._to_side(torch.from_dlpack(images.as_tensor()))
+        else:
+            result = torch.empty(len(images), self.image_size, self.image_size, 3, dtype=torch.uint8)
+            by_shape: dict[tuple[int, ...], list[int]] = {}
+            for i, shape in enumerate(images.shape()):
+                by_shape.setdefault(tuple(shape), []).append(i)
+            for places in by_shape.values():
+                pictures = torch.stack([torch.from_numpy(np.asarray(images[i])) for i in places])
+                for i, picture in zip(places, self._to_side(pictures)):  # result[places] = … takes many times as long
+                    result[i].copy_(picture)
+        for i in np.flatnonzero(mirror).tolist():
+            result[i].copy_(_mirrored(result[i]))
         return result.to(self.device)
+
+    def _to_side(self, pictures: Tensor) -> Tensor:
+        """Pictures of one size, uint8 [n, H, W, 3], at the right size: themselves where they have it."""
+        side = self.image_size
+        if pictures.shape[1:3] == (side, side):
+            return pictures
+        last = pictures.permute(0, 3, 1, 2)  # in memory still channels last, the fast way
+        return F.interpolate(last, (side, side), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
 
 class RegionDecoder:

@@ -273,11 +273,11 @@ class _Producer:
             try:
                 return self.decoder.wait()
             except Undecodable as error:
-                for i, reason in error.reasons.items():
-                    stored = work.samples[i].stored
-                    self.undecodable[stored.shard, stored.row] = reason
-                self._replace(work, error.reasons, reader)
-                self.decoder.begin(work.jpegs, work.mirror)  # type: ignore[arg-type]
+                reasons = error.reasons
+            for i, reason in reasons.items():
+                self.undecodable[work.samples[i].stored.shard, work.samples[i].stored.row] = reason
+            self._replace(work, reasons, reader)
+            self.decoder.begin(work.jpegs, work.mirror)  # type: ignore[arg-type]
 
     def _batch(self, work: _Work, decoded: Decoded) -> Batch:
         keys = [sample.stored.key for sample in work.samples]
