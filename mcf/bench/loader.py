@@ -6,35 +6,38 @@
     Pillow          decode and resize of the same JPEGs in as many threads
     with rivals     DALI's webdataset reader, webdataset and loose files in torch's DataLoader (mcf.bench.rivals)
 
+`threads=[1,2] prefetch=[1,3]` gives a row of the loader for each pair; the other rows have the most threads of these.
+
 The rows take turns, several rounds each, so that a busy machine is busy for all of them; images per second of CPU time
-hardly depend on its neighbours. Before the timing, the loader's pictures are held against Pillow's.
+hardly depend on its neighbours. A row begins when what the one before has left to do is done, and what lies ready is taken
+before its clock runs. Before the timing, the loader's pictures are held against Pillow's.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import platform
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from pydantic import Field
 
 from mcf import cli
+from mcf.bench.meter import machine_name, memory, rate, settle, spread
 from mcf.bench.rivals import rivals
 from mcf.config import DataConfig, Positive, Section
 from mcf.data.dali import Decoder, Undecodable
-from mcf.data.loader import Loader
+from mcf.data.loader import Batch, Loader
 from mcf.data.reader import Reader
 from mcf.errors import UserError
 
@@ -48,12 +51,14 @@ class LoaderBench(Section):
     image_size: Positive = Field(224, description="side of the square pictures, pixels")
     streams: Positive = Field(64, description="logical streams; divides batch")
     window: Positive = Field(256, description="samples a stream reads at once")
-    threads: Positive | None = Field(None, description="decoder threads; default: the cores this process may run on")
+    threads: Positive | list[Positive] | None = Field(
+        None, description="decoder threads; default: the cores this process may run on"
+    )
     decoder: Literal["auto", "mixed", "cpu"] = Field("auto", description="DALI's decoder")
     train_rate: float = Field(1000.0, gt=0, description="images/s of the pretended training step")
     rounds: Positive = Field(5, description="rounds of each row")
     seconds: float = Field(2.0, gt=0, description="length of a round, seconds")
-    prefetch: Positive = Field(3, description="micro-batches decoded ahead")
+    prefetch: Positive | list[Positive] = Field(3, description="micro-batches decoded ahead")
     rivals: bool = Field(False, description="also time DALI's webdataset reader, webdataset and loose files in torch")
     json_file: str | None = Field(None, description="file that also gets the numbers")
 
@@ -71,85 +76,99 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+@dataclass
+class Row:
+    """A way of making pictures: an endless loop that yields how many it made, and what was measured of it.
+
+    ahead: batches that it may have ready before the clock runs. memory: bytes by which the process and its workers have
+    grown for it, or None.
+    """
+
+    name: str
+    counts: Iterator[int]
+    ahead: int = 0
+    memory: int | None = None
+    waited: list[float] = field(default_factory=list)  # shares of the time
+    rate: list[float] = field(default_factory=list)  # images/s
+    cpu_rate: list[float] = field(default_factory=list)  # images per second of CPU time
+
+
 def measure(config: LoaderBench) -> dict[str, Any]:
     """All numbers: rows of rates, what a bad image costs, memory, and what they were measured on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = DataConfig(
-        path=config.data,
-        streams=config.streams,
-        window=config.window,
-        threads=config.threads,
-        decoder=config.decoder,
-        prefetch=config.prefetch,
-    )
-    loader = Loader(
-        data,
-        batch=config.batch,
-        micro_batch=config.micro_batch,
-        seed=0,
-        image_size=config.image_size,
-        rank=0,
-        world_size=1,
-        device=device,
-    )
+    loaders = _loaders(config, device)
+    loader = loaders[-1]  # the one with the most threads and the deepest queue stands beside the others
+    size, batch, threads = config.image_size, config.micro_batch, loader.threads
     jpegs = _some_jpegs(loader)
-    decoder = Decoder(
-        config.image_size, config.micro_batch, device=device, decoder=config.decoder, threads=loader.threads
-    )
-    error = _against_pillow(decoder, jpegs[: config.micro_batch])
+    decoder = Decoder(size, batch, device=device, decoder=config.decoder, threads=threads)
+    error = _against_pillow(decoder, jpegs[:batch])
 
     began = time.perf_counter()
-    batches = iter(loader)
-    next(batches)
+    next(iter(loader))
     first = time.perf_counter() - began
-    waited: dict[str, list[float]] = {"loader": [], "beside a step": []}
-    rows: dict[str, Callable[[], Iterator[int]]] = {
-        "loader": lambda: _loader(loader, batches, waited["loader"]),
-        "beside a step": lambda: _loader(loader, batches, waited["beside a step"], config.train_rate),
-        "DALI": lambda: _plain_dali(decoder, jpegs),
-        "Pillow": lambda: _pillow(jpegs, config.image_size, loader.threads),
-    }
+    loader.close()
+    rows = []
+    for each in loaders:
+        name = f"loader, {each.threads} threads, {each.data.prefetch} ahead" if len(loaders) > 1 else "loader"
+        # What the queue holds, what is in DALI, and what the thread holds.
+        rows.append(_made(name, lambda waited, each=each: _loader(each, iter(each), waited), each.data.prefetch + 2))  # type: ignore[misc]
+    slow = _loaders(config, device)[-1]
+    rows += [
+        _made("beside a step", lambda waited: _loader(slow, iter(slow), waited, config.train_rate), rows[-1].ahead),
+        Row("DALI", _plain_dali(decoder, jpegs)),
+        Row("Pillow", _pillow(jpegs, size, threads)),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         if config.rivals:
-            sizes = {"batch": config.micro_batch, "side": config.image_size, "threads": loader.threads}
-            rows |= rivals(loader.manifest, Path(folder), device=device, **sizes)
-        wall: dict[str, list[float]] = {name: [] for name in rows}
-        cpu: dict[str, list[float]] = {name: [] for name in rows}
+            ways = rivals(loader.manifest, Path(folder), batch=batch, side=size, threads=threads, device=device)
+            rows += [_made(name, lambda _, make=make: make(), 4 * threads) for name, make in ways.items()]  # type: ignore[misc]
         for _ in range(config.rounds):
-            for name, run in rows.items():
-                # What rivals' processes have made ahead while others were timed is taken before the clock runs.
-                ahead = data.prefetch if name in waited else 4 * loader.threads if name not in ("DALI", "Pillow") else 0
-                rate, per_cpu = _rate(run(), config.seconds, ahead)
-                wall[name].append(rate)
-                cpu[name].append(per_cpu)
-    loader.close()
+            for row in rows:
+                settle()
+                images, per_cpu = rate(row.counts, config.seconds, row.ahead)
+                row.rate.append(images)
+                row.cpu_rate.append(per_cpu)
+    for each in (*loaders, slow):
+        each.close()
+    ours = rows[len(loaders) - 1]
     return {
         "rows": [
             {
-                "name": name,
-                "images_per_s": _spread(wall[name]),
-                "images_per_cpu_s": _spread(cpu[name]),
-                "wait_share": float(np.mean(waited[name])) if waited.get(name) else None,
+                "name": row.name,
+                "images_per_s": spread(row.rate),
+                "images_per_cpu_s": spread(row.cpu_rate),
+                "cores": float(np.median([rate / cpu_rate for rate, cpu_rate in zip(row.rate, row.cpu_rate)])),
+                "wait_share": float(np.mean(row.waited)) if row.waited else None,
+                "memory_gb": row.memory / 1e9 if row.memory is not None else None,
+                "loader_is": _ratio(ours.rate, row.rate),
+                "loader_is_per_cpu": _ratio(ours.cpu_rate, row.cpu_rate),
             }
-            for name in rows
+            for row in rows
         ],
         "first_batch_s": first,
-        "bad_image_s": _cost_of_a_bad_image(decoder, jpegs[: config.micro_batch]),
+        "bad_image_s": _cost_of_a_bad_image(decoder, jpegs[:batch]),
         "error_against_pillow": error,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "jpeg_bytes": float(np.mean([len(jpeg) for jpeg in jpegs])),
-        "machine": _machine(device, loader.threads),
+        "machine": _machine(device, threads),
         "config": config.model_dump(),
     }
 
 
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [f"{'':19} {'images/s':>9} {'p20':>7} {'p80':>7} {'images/CPU s':>13} {'waits':>7}"]
-    for row in report["rows"]:
+    rows = report["rows"]
+    width = max(len(row["name"]) for row in rows)
+    head = f"{'images/s':>9} {'p20':>7} {'p80':>7} {'images/CPU s':>13} {'cores':>6} {'waits':>7} {'GB':>6}"
+    lines = [f"{'':{width}} {head} {'loader is':>10} {'per CPU s':>10}"]
+    for row in rows:
         wait = "" if row["wait_share"] is None else f"{row['wait_share']:.1%}"
+        memory = "" if row["memory_gb"] is None else f"{row['memory_gb']:.2f}"
         p20, p50, p80 = row["images_per_s"]
-        lines.append(f"{row['name']:19} {p50:9.0f} {p20:7.0f} {p80:7.0f} {row['images_per_cpu_s'][1]:13.0f} {wait:>7}")
+        lines.append(
+            f"{row['name']:{width}} {p50:9.0f} {p20:7.0f} {p80:7.0f} {row['images_per_cpu_s'][1]:13.0f} "
+            f"{row['cores']:6.2f} {wait:>7} {memory:>6} {row['loader_is']:10.2f} {row['loader_is_per_cpu']:10.2f}"
+        )
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     lines += [
         f"first batch {report['first_batch_s']:.2f} s; a bad image costs {report['bad_image_s'] * 1e3:.0f} ms once; "
@@ -160,27 +179,44 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rate(counts: Iterator[int], seconds: float, ahead: int) -> tuple[float, float]:
-    """Images per second, and per second of CPU time (worker processes included), of a loop that yields how many it made.
+def _loaders(config: LoaderBench, device: torch.device) -> list[Loader]:
+    """One for each pair of threads and prefetch, the largest last."""
+    threads = config.threads if isinstance(config.threads, list) else [config.threads]
+    prefetch = config.prefetch if isinstance(config.prefetch, list) else [config.prefetch]
+    return [
+        Loader(
+            DataConfig(
+                path=config.data, streams=config.streams, window=config.window, threads=t, decoder=config.decoder, prefetch=p
+            ),
+            batch=config.batch, micro_batch=config.micro_batch, seed=0, image_size=config.image_size, rank=0, world_size=1,
+            device=device,
+        )
+        for t in sorted(threads, key=lambda t: t or 0)
+        for p in sorted(prefetch)
+    ]  # fmt: skip
 
-    ahead: batches that may lie ready from before; they are taken before the clock runs.
-    """
+
+def _made(name: str, make: Callable[[list[float]], Iterator[int]], ahead: int) -> Row:
+    """A row whose loop has begun, and has all ready that it makes ahead: so it is seen what memory that takes."""
+    waited: list[float] = []
+    before = memory()
+    counts = make(waited)
     for _ in range(ahead + 1):
         next(counts)
-    began, cpu_began, images = time.perf_counter(), _cpu_seconds(), 0
-    while time.perf_counter() < began + seconds:
-        images += next(counts)
-    now = time.perf_counter()
-    return images / (now - began), images / max(_cpu_seconds() - cpu_began, 1e-9)
+    settle()
+    row = Row(name, counts, ahead, max(0, memory() - before), waited)
+    waited.clear()
+    return row
 
 
-def _cpu_seconds() -> float:
-    """CPU time of this process and of the worker processes that live now."""
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return time.process_time() + sum(t.user + t.system for t in times)
+def _ratio(ours: list[float], others: list[float]) -> float:
+    """How many times as fast the loader is: the median over rounds, whose parts are near in time."""
+    return round(float(np.median([a / b for a, b in zip(ours, others)])), 3)
 
 
-def _loader(loader: Loader, batches, waited: list[float], train_rate: float | None = None) -> Iterator[int]:
+def _loader(
+    loader: Loader, batches: Iterator[Batch], waited: list[float], train_rate: float | None = None
+) -> Iterator[int]:
     while True:
         began = time.perf_counter()
         count = len(next(batches).keys)
@@ -243,18 +279,12 @@ def _cost_of_a_bad_image(decoder: Decoder, jpegs: list[np.ndarray]) -> float:
     return float(np.median(times)) if times else 0.0
 
 
-def _spread(values: list[float]) -> list[float]:
-    """20th, 50th and 80th percentile."""
-    return [round(float(v), 1) for v in np.percentile(values, [20, 50, 80])]
-
-
 def _machine(device: torch.device, threads: int) -> dict[str, Any]:
     try:
         dali = version("nvidia-dali-cuda130")
     except PackageNotFoundError:
         dali = "?"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "threads": threads, "DALI": dali, "torch": torch.__version__}
+    return {"device": machine_name(device), "threads": threads, "DALI": dali, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

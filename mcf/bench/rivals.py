@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +31,17 @@ _SHUFFLE = 1024  # pictures in a shuffle buffer
 def rivals(
     manifest: Manifest, folder: Path, *, batch: int, side: int, threads: int, device: torch.device
 ) -> dict[str, Callable[[], Iterator[int]]]:
-    """Endless loops that yield how many pictures they made, by name; those whose package is not installed are left out.
+    """What begins endless loops that yield how many pictures they made, by name; without those that are not installed.
 
     folder: an empty one that loose files and DALI's indices are written to.
     """
     found: dict[str, Callable[[], Iterator[int]]] = {}
     sizes = {"batch": batch, "side": side, "threads": threads}
-    dali = _counted(_dali(manifest, folder, device=device, **sizes))
-    found["DALI webdataset"] = lambda: dali
-    try:
-        web = _counted(_webdataset(manifest, **sizes))
-        found["webdataset, Pillow"] = lambda: web
-    except ImportError:
-        pass
-    loose = _counted(_loose(manifest, folder, **sizes))
-    found["loose files, Pillow"] = lambda: loose
+    found["DALI webdataset"] = lambda: _dali(manifest, folder, device=device, **sizes)
+    if find_spec("webdataset"):
+        found["webdataset, Pillow"] = lambda: _webdataset(manifest, **sizes)
+    found["loose files, Pillow"] = lambda: _loose(manifest, folder, **sizes)
     return found
-
-
-def _counted(batches: Iterator[int]) -> Iterator[int]:
-    """The first batch is taken here: processes and buffers are ready before any clock runs."""
-    next(batches)
-    return batches
 
 
 def _dali(
@@ -102,7 +92,10 @@ def _webdataset(manifest: Manifest, *, batch: int, side: int, threads: int) -> I
 
     tars = [str(manifest.path / shard.name) for shard in manifest.shards]
     data = webdataset.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(_SHUFFLE).map(_Opened(side))
-    loader = DataLoader(data.batched(batch, partial=False), batch_size=None, num_workers=threads, prefetch_factor=4)
+    loader = DataLoader(
+        data.batched(batch, partial=False),
+        batch_size=None, num_workers=threads, prefetch_factor=4, persistent_workers=True,
+    )  # fmt: skip
     return _endless(loader)
 
 
@@ -114,8 +107,9 @@ def _loose(manifest: Manifest, folder: Path, *, batch: int, side: int, threads: 
             files.append(folder / f"{key.decode()}.jpg")
             files[-1].write_bytes(content[offset : offset + size])
     loader = DataLoader(
-        _Files(files, side), batch_size=batch, shuffle=True, drop_last=True, num_workers=threads, prefetch_factor=4
-    )
+        _Files(files, side), batch_size=batch, shuffle=True, drop_last=True,
+        num_workers=threads, prefetch_factor=4, persistent_workers=True,
+    )  # fmt: skip
     return _endless(loader)
 
 
@@ -156,4 +150,4 @@ def opened(jpeg: bytes, side: int) -> np.ndarray:
         picture = ImageOps.mirror(picture)
     if picture.size != (side, side):
         picture = picture.resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(picture)
+    return np.array(picture)  # torch wants to be able to write to it

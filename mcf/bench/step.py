@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mcf import cli, distributed, kernels
 from mcf.bench import parts, trace
+from mcf.bench.meter import machine_name
 from mcf.bench.plain import PlainMCF
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.costs import count_flops
@@ -83,13 +84,13 @@ class Contestant:
 
     def run(self, index: int, device: torch.device, *, timed: bool) -> None:
         """One step, on the clock or not."""
-        start, cpu = _now(device), time.process_time()
+        start, cpu = now(device), time.process_time()
         if self.clock:
             self.clock.start()
         losses = self.step(index)
         if self.clock and timed:
             self.parts.append(self.clock.stop())
-        seconds, cpu_seconds = _now(device) - start, time.process_time() - cpu
+        seconds, cpu_seconds = now(device) - start, time.process_time() - cpu
         self.losses.append(losses)
         if timed:
             self.seconds.append(seconds)
@@ -102,7 +103,9 @@ def main(argv: list[str]) -> int:
     if not any(word.startswith("recipe=") for word in argv):
         argv = [f"recipe={DEFAULT_RECIPE}", *argv]
     recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
-    recipe = _with(recipe, config)
+    if config.compare == "reference":
+        _comparable(recipe)
+    recipe = sized(recipe, batch=config.batch, precision=config.precision)
     if config.threads:
         torch.set_num_threads(config.threads)
     world = distributed.join()
@@ -227,7 +230,7 @@ def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, de
     result = {
         "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": config.precision,
         "zero_stage": recipe.train.zero_stage,
-        "device": _machine(device), "threads": torch.get_num_threads(), "steps": config.steps,
+        "device": machine_name(device), "threads": torch.get_num_threads(), "steps": config.steps,
         "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
         "peak_memory": _peak_memory(device),
     }  # fmt: skip
@@ -262,31 +265,35 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _with(recipe: Recipe, config: StepConfig) -> Recipe:
-    """The recipe at this batch and precision, with a random teacher; the reference has no other choices than its own."""
-    faithful = {
-        "loss.pixel": (recipe.loss.pixel, 0), "loss.feature_axis": (recipe.loss.feature_axis, "tokens"),
-        "mask.momentum": (recipe.mask.momentum, "independent"), "teacher.source": (recipe.teacher.source == "none", False),
-    }  # fmt: skip
-    if config.compare == "reference":
-        for key, (value, only) in faithful.items():
-            if value != only:
-                raise UserError(
-                    f"compare=reference: recipe {recipe.name} departs from the reference in {key}; use compare=none"
-                )
+def sized(recipe: Recipe, *, batch: int, precision: str) -> Recipe:
+    """The recipe on one rank at this batch and precision, with a random teacher where it has one."""
     teacher = recipe.teacher
     if teacher.source != "none":
         teacher = teacher.model_copy(update={"source": "random"})
     return recipe.model_copy(
         update={
-            "batch": config.batch, "micro_batch": config.batch, "nodes": 1, "gpus_per_node": 1, "teacher": teacher,
-            "data": recipe.data.model_copy(update={"streams": config.batch}),
-            "train": recipe.train.model_copy(update={"precision": config.precision}),
+            "batch": batch, "micro_batch": batch, "nodes": 1, "gpus_per_node": 1, "teacher": teacher,
+            "data": recipe.data.model_copy(update={"streams": batch}),
+            "train": recipe.train.model_copy(update={"precision": precision}),
         }
     )  # fmt: skip
 
 
-def _now(device: torch.device) -> float:
+def _comparable(recipe: Recipe) -> None:
+    """Refuse what the reference cannot do: it has no other choices than its own."""
+    faithful = {
+        "loss.pixel": (recipe.loss.pixel, 0), "loss.feature_axis": (recipe.loss.feature_axis, "tokens"),
+        "mask.momentum": (recipe.mask.momentum, "independent"), "teacher.source": (recipe.teacher.source == "none", False),
+    }  # fmt: skip
+    for key, (value, only) in faithful.items():
+        if value != only:
+            raise UserError(
+                f"compare=reference: recipe {recipe.name} departs from the reference in {key}; use compare=none"
+            )
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -297,16 +304,6 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _machine(device: torch.device) -> str:
-    """The GPU, or the processor's model and cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({len(names) or '?'} cores)"
 
 
 if __name__ == "__main__":
