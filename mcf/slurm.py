@@ -5,6 +5,7 @@ Only the commands are asked: they are on every login and compute node, and accou
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ import time
 from mcf.errors import UserError
 
 PATIENCE = 60.0  # seconds for one answer: a busy controller may take that long
+# What begins so in the environment of a job describes that job; where Slurm's configuration lies is no such thing.
+_OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI")
+_KEPT = ("SLURM_CONF",)
 RETRY = 5.0  # seconds between two tries to reach a controller
 
 
@@ -56,6 +60,30 @@ def show(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
 
 
+def sbatch(script: str, *arguments: str) -> str:
+    """Submit a batch script, from within a job as from a login node; the new job's number.
+
+    Raises UserError, with Slurm's own words if it refuses.
+    """
+    if not available():
+        raise UserError("sbatch and srun are not on this machine; use mode=print, or a login node")
+    try:
+        done = _run("sbatch", "--parsable", *arguments, given=script, environment=outside_of_a_job())
+    except NoAnswer as error:
+        raise UserError(f"Slurm took no job: {error}; try again") from None
+    if done.returncode:
+        said = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines())
+        raise UserError(f"Slurm refused the job: {said or 'no reason given'}; see slurm.* in --help")
+    return done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
+
+
+def outside_of_a_job() -> dict[str, str]:
+    """This process's environment without what describes the job that it runs in."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    return {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_OF_A_JOB)}
+
+
 def requeue(job: str, patience: float = 1800.0) -> None:
     """Send a job back to the queue; Slurm ends it, this process included.
 
@@ -94,9 +122,11 @@ def set_comment(job: str, text: str) -> bool:
         return False
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: str, given: str | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run(command, input=given, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     except FileNotFoundError:
         raise NoAnswer(f"{command[0]} is not on this machine") from None
     except subprocess.TimeoutExpired:

@@ -26,10 +26,6 @@ from mcf.task import JOBS, Rank
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-# What begins so in the environment of a job describes that job; where Slurm's configuration lies is no such thing.
-_OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_", "SUBMITIT_", "PMI")
-_KEPT = ("SLURM_CONF",)
-
 
 def need_submitit() -> Any:
     """submitit, or UserError where it is missing."""
@@ -129,11 +125,9 @@ def python_path(run_dir: Path) -> str:
 @contextlib.contextmanager
 def _outside_of_a_job() -> Iterator[None]:
     """Submit from within a job as from a login node: its nodes and tasks are not the new job's."""
-    before = dict(os.environ)
-    if "SLURM_JOB_ID" in before:
-        for name in before:
-            if name.startswith(_OF_A_JOB) and name not in _KEPT:
-                del os.environ[name]
+    before, outside = dict(os.environ), slurm.outside_of_a_job()
+    for name in before.keys() - outside:
+        del os.environ[name]
     try:
         yield
     finally:

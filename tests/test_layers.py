@@ -64,7 +64,9 @@ ARROWS = {
     # The rooms.
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
-    "mcf.pack": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali"},
+    "mcf.pack": {
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.slurm",
+    },
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},

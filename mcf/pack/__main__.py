@@ -7,6 +7,7 @@ from pathlib import Path
 from mcf import cli
 from mcf.data.shards import load_manifest, verify
 from mcf.errors import UserError
+from mcf.pack.array import submit
 from mcf.pack.options import PackConfig
 from mcf.pack.page import write_page
 from mcf.pack.writing import pack
@@ -14,10 +15,13 @@ from mcf.pack.writing import pack
 
 @cli.main
 def main(argv: list[str]) -> int:
-    """Pack, or with `verify=true` check what was packed, or with `report=DIR` show it."""
+    """Pack, here or with `nodes=N` on Slurm; or with `verify=true` check what was packed, or with `report=DIR` show it."""
     options = cli.parse(PackConfig, argv, verb="pack")
     if options.report is not None:
         print(write_page(Path(options.report)))
+        return 0
+    if options.nodes is not None:
+        submit(options, argv)
         return 0
     if not options.verify:
         pack(options)

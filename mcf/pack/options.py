@@ -9,6 +9,17 @@ from pydantic import Field
 from mcf.config import NonNegative, Positive, Section, Share
 
 
+class JobConfig(Section):
+    """What Slurm is asked for, for each task."""
+
+    partition: str | None = Field(None, description="partition")
+    account: str | None = Field(None, description="account")
+    time: Positive = Field(720, description="time limit, minutes")
+    mem: str | None = Field(None, description="memory a task, in Slurm's notation (for example 64G)")
+    cpus_per_task: Positive = Field(16, description="cores a task, and processes")
+    extra: dict[str, str | int | float] = Field({}, description="further sbatch parameters, by their long names")
+
+
 class PackConfig(Section):
     """Images become JPEG shards with an index, a manifest and a report of what was left out and why.
 
@@ -73,6 +84,15 @@ class PackConfig(Section):
         None, description="which of `tasks` this is, from 0; default: this task of a Slurm array, if it is one"
     )
     tasks: Positive | None = Field(None, description="how many tasks share the work; default: those of the Slurm array")
+    merge: bool = Field(
+        True,
+        description="whether the task that ends last writes shards and manifest; else a later command without tasks does",
+    )
+    nodes: Positive | None = Field(
+        None, description="submit to Slurm instead: an array of so many tasks, and a job after it that merges"
+    )
+    mode: Literal["slurm", "print"] = Field("slurm", description="with nodes, print: only show the batch scripts")
+    slurm: JobConfig = Field(JobConfig(), description="with nodes: what Slurm is asked for")
     verify: bool = Field(False, description="instead of packing, read the shards in `out` and check every checksum")
     report: str | None = Field(
         None, description="instead of packing, write report.html into this packed folder: figures, reasons, pictures"
@@ -90,5 +110,18 @@ class PackConfig(Section):
 
     def decisive(self) -> dict[str, Any]:
         """The keys that the bytes of the output depend on."""
-        indifferent = {"source", "out", "converted", "workers", "task", "tasks", "verify", "report"}
+        indifferent = {
+            "source",
+            "out",
+            "converted",
+            "workers",
+            "task",
+            "tasks",
+            "merge",
+            "nodes",
+            "mode",
+            "slurm",
+            "verify",
+            "report",
+        }
         return self.model_dump(exclude=indifferent) | {"crop": self.cropping}

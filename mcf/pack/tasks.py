@@ -60,6 +60,9 @@ def pack_parts(
                 f"task {task} of {tasks} is done; {len(left):,} of {len(whole.units):,} parts are other tasks' to make"
             )
             return None
+        if not options.merge:
+            print(f"task {task} of {tasks} is done, and all parts are there to be merged (merge=false)")
+            return None
         return merge(whole, shared.parts, out, options, shared.settings)
 
 

@@ -60,7 +60,7 @@ def pack(options: PackConfig) -> Manifest | None:
     parts to make. Raises UserError for everything that a user can mend, a full disk included: the same command goes on
     then.
     """
-    source, out = _places(options)
+    source, out = places(options)
     workers = options.workers or max(2, cores())
     found = list(Folder(source).walk())
     if options.by_faces or inputs.tars_in(found):
@@ -263,7 +263,8 @@ def _account(survey: Survey, records: list[Record], tally: Tally) -> None:
         )
 
 
-def _places(options: PackConfig) -> tuple[Path, Path]:
+def places(options: PackConfig) -> tuple[Path, Path]:
+    """Source and output. Raises UserError where one of them cannot be that."""
     for key in ("source", "out"):
         if not getattr(options, key):
             raise UserError(f"{key} is missing; say python -m mcf.pack source=IMAGES out=SHARDS")

@@ -50,3 +50,30 @@ def test_an_array_of_tasks_packs_what_one_process_packs(cluster, tmp_path):
     for file in sorted((tmp_path / "one").glob("shard-*")):
         assert (tmp_path / "many" / file.name).read_bytes() == file.read_bytes()
     assert said.count("crops of") == 1
+
+
+@pytest.mark.slurm
+def test_nodes_submits_an_array_and_a_merge_after_it(cluster, tmp_path):
+    laion.tree(tmp_path, laion.coloured(), parts=(0,), tars=2, per_tar=12, sizes=(120, 200))
+    named = ["source=images", "detections=detections", "size=48", "min_face=40"]
+    asked = ["nodes=2", "slurm.mem=0", "slurm.cpus_per_task=1", "slurm.time=10"]
+    environment = {"PYTHONPATH": str(ROOT)}
+
+    def ask(*words: str):
+        return cluster.attempt(sys.executable, "-m", "mcf.pack", *named, *words, cwd=tmp_path, env=environment)
+
+    done = ask("out=many", *asked)
+    assert done.returncode == 0, done.stderr
+    array, merge = re.search(r"as job (\d+), .* as job (\d+)", done.stdout).groups()
+    assert f"afterok:{array}" in cluster.job(merge)["Dependency"]
+    jobs = f"--jobs={array},{merge}"
+    wait_for(lambda: not cluster.run("squeue", "--noheader", jobs).strip(), "the merge's end", seconds=400)
+    said = {file.stem: file.read_text() for file in tmp_path.glob("slurm-*.out")}
+    assert len(said) == 3 and all("crops of" not in said[f"slurm-{array}_{i}"] for i in range(2)), said
+    assert "crops of" in said[f"slurm-{merge}"], said
+    assert ask("out=one", "workers=1").returncode == 0
+    shards = sorted((tmp_path / "one").glob("shard-*"))
+    assert shards and all((tmp_path / "many" / file.name).read_bytes() == file.read_bytes() for file in shards)
+
+    refused = ask("out=more", *asked, "slurm.partition=nowhere")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Slurm refused the job" in refused.stderr
