@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +53,34 @@ def jpeg(seed: int, width: int = 96, height: int = 64) -> bytes:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class _Killed(BaseException):
+    pass
+
+
+def interruptions(run: Callable[[Path], object], folder: Path, monkeypatch) -> int:
+    """How often `run(out)` can be interrupted at a renaming; each time it must go on to the files that it makes undisturbed."""
+    run(folder / "whole")
+    whole, replace, count = tree(folder / "whole"), Path.replace, 0
+    for moment in range(100):
+        out, calls = folder / f"out{moment}", iter(range(100))
+
+        def failing(path, target, calls=calls, moment=moment):
+            if next(calls) == moment:
+                raise _Killed
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", failing)
+        try:
+            run(out)
+        except _Killed:
+            count += 1
+        else:
+            break
+        finally:
+            monkeypatch.setattr(Path, "replace", replace)
+        run(out)
+        assert tree(out) == whole
+        shutil.rmtree(out)
+    return count
