@@ -45,10 +45,11 @@ SHOWN = {
 }  # fmt: skip
 # Small squares, a narrow head, an average that forgets its start within the few steps (docs/downstream.md).
 HEADS = {
-    "both": ("freeze=true", "batch=10", "micro_batch=10", "warp_size=64", "input_size=64", "head.channels=32", "ema=0.97",
+    "both": ("freeze=true", "batch=10", "micro_batch=10", "head.channels=32", "ema=0.97",
              "optimizer.lr=1e-2", "track.mlflow=off", "train.threads=1", "train.readers=1", "pictures=4"),
-    "alignment": ("train.epochs=30", "optimizer.drop_epoch=24", "heatmap.size=32", "heatmap.radius=2.5"),
-    "parsing": ("train.epochs=50", "optimizer.drop_epoch=40"),
+    "alignment": ("warp_size=64", "input_size=64", "train.epochs=30", "optimizer.drop_epoch=24", "heatmap.size=32",
+                  "heatmap.radius=2.5"),
+    "parsing": ("warp_size=96", "input_size=96", "train.epochs=60", "optimizer.drop_epoch=48"),
 }  # fmt: skip
 
 

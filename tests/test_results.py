@@ -19,7 +19,7 @@ from mcf.data.faces.writing import Settings, write_faces
 from mcf.downstream.datasets import Face, FaceSet, open_faces
 from mcf.errors import UserError
 from mcf.pack.__main__ import main as pack_main
-from mcf.results import INITIALISATIONS, Job, Result
+from mcf.results import INITIALISATIONS, Job, Result, ResultsConfig
 
 VERBS = {"pack": pack_main, "train": train.main, "finetune": finetune.main}
 SMALL = [
@@ -127,6 +127,17 @@ def test_mean_spread_and_range_of_a_cell():
     assert len(lines) == 5
     # One seed has no spread, and none is told.
     assert results.table([r for r in made if r.seed == 0]).splitlines()[2] == "| random | 1.00 |"
+
+
+def test_one_pretraining_serves_the_heads_of_all_seeds(tmp_path):
+    config = ResultsConfig(alignment="a", parsing="p", seeds=(4, 5), one_pretraining=True, steps=9)
+    jobs = {job.name: job for job in results.jobs_of(tmp_path, config)}
+    assert list(jobs)[:3] == ["teacher-4", "mcf-4", "mae-4"] and len(jobs) == 3 + 12
+    assert ("train.steps=4" in jobs["teacher-4"].arguments, "train.steps=5" in jobs["mcf-4"].arguments) == (True, True)
+    for seed in (4, 5):
+        head = jobs[f"alignment-mcf-{seed}"]
+        assert f"weights={tmp_path}/runs/mcf-4" in head.arguments and head.after == ("mcf-4",)
+        assert f"seed={seed}" in head.arguments  # of the head, and of a random encoder
 
 
 def test_jobs_wait_for_those_before_them_and_run_beside_the_others(tmp_path, monkeypatch):
