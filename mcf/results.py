@@ -198,7 +198,9 @@ def squares(picture: Path, folder: Path, size: int) -> None:
 
 def jobs_of(out: Path, config: ResultsConfig) -> list[Job]:
     """All runs, those that others wait for first."""
-    teachers, students, heads = [], [], []
+    teachers: list[Job] = []
+    students: list[Job] = []
+    heads: list[Job] = []
     half = config.steps // 2
     for seed in config.seeds:
         if not (config.one_pretraining and teachers):
