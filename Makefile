@@ -29,8 +29,8 @@ demo: $(STAMP)
 	@$(BIN)/python -m mcf.demo $(if $(DATA),data="$(DATA)") $(ARGS)
 
 test: lint
-	@# Two processes: Slurm's tests mostly wait, and leave a core to all others.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@# Two processes, a file's tests in one of them: many tests wait more than they work, Slurm's first of all.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,17 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slurm's tests first, since they wait more than they work; a file's tests in one process, all of Slurm's in one.
+    """Slurm's tests first, since they wait more than they work, and of them the file that takes longest.
 
     Tests of a GPU are skipped, and say so, where there is none.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        for item in items:
-            group = "slurm" if item.get_closest_marker("slurm") else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path.stem != "test_slurm_survive"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not torch.cuda.is_available():
         for item in marked:
