@@ -2,7 +2,8 @@
 #
 #   make demo                     generated faces → shards → a few minutes of pre-training → pictures, metrics, checkpoint
 #   make demo DATA=my/faces       the same on a folder of your own images
-#   make test                     lint, types, tests
+#   make test                     lint, types, tests, but for those that take minutes
+#   make test-slow                those: runs that are killed, a real Slurm, many ranks
 #   make gpu-check OUT=folder     the kernels' GPU tests and benchmark, on a machine with torch, triton, numpy and pytest
 #
 # Which torch: TORCH names the version, PIP_TORCH adds options to the one pip call that installs it. PyPI's wheel is the
@@ -20,17 +21,21 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 BIN   := $(VENV)/bin
+# Two processes, a file's tests in one of them: many tests wait more than they work, Slurm's first of all.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint install gpu-check clean
+.PHONY: demo test test-slow lint install gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	@$(BIN)/python -m mcf.demo $(if $(DATA),data="$(DATA)") $(ARGS)
 
 test: lint
-	@# Two processes, a file's tests in one of them: many tests wait more than they work, Slurm's first of all.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

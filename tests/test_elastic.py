@@ -77,6 +77,7 @@ def assert_same_losses(run_dir: Path, unbroken: Path, first: int, last: int, ran
     assert [(event["kind"], event["ranks"]) for event in events] == [("resumed", number) for number in ranks]
 
 
+@pytest.mark.slow
 def test_from_four_ranks_and_zero_1_to_two_and_zero_3_and_back(unbroken, data, tmp_path):
     run_dir = copy_of(unbroken, tmp_path, 4)
     go(run_dir, data, 2, 3, train__stop_after=4)

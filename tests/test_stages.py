@@ -114,6 +114,7 @@ def recipe(size: int, stage: int):
     return worker.recipe(size, stage, **worker.LARGE)
 
 
+@pytest.mark.slow
 def test_stage_3_splits_parameters_gradients_optimiser_and_momentum_branch(counted):
     sizes = trained_sizes(recipe(1, 3))
     parameters = count_parameters(recipe(1, 3))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,8 @@ def poisoned() -> Iterator[None]:
 
         return poisoned_make
 
+    # torch.compile writes down torch's functions at its first use: it must know the real ones.
+    get_torch_obj_rule_map()
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, poison(getattr(owner, name)))
