@@ -234,6 +234,8 @@ class Rank:
 
 def _ends_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
     """Whether a process has ended, waiting for it; seen at once, so that of two ranks the first to end is known."""
+    if child.poll() is not None:
+        return True
     try:
         handle = os.pidfd_open(child.pid)  # Linux 5.3
     except (AttributeError, OSError):
