@@ -273,13 +273,26 @@ def _(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> tupl
     return loss, values, grad
 
 
+@torch.library.custom_op("mcf::info_nce_backward", mutates_args=())
+def _scaled(grad_loss: Tensor, kept: Tensor, queries: Tensor) -> Tensor:
+    """The gradient that was kept, times the one from above, in the queries' type.
+
+    An operator, and of the queries, so that a second derivative is refused: what was kept would pass for a constant.
+    """
+    return (kept * grad_loss).to(queries.dtype)
+
+
+@_scaled.register_fake
+def _(grad_loss: Tensor, kept: Tensor, queries: Tensor) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(output[2], inputs[0])
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-    return (ctx.saved_tensors[0] * grad_loss).to(ctx.dtype), None, None, None
+    return _scaled(grad_loss, *ctx.saved_tensors), None, None, None
 
 
 _info_nce.register_autograd(_differentiate, setup_context=_keep)
@@ -310,7 +323,7 @@ def info_nce_statistics(
         outside of [0, M) makes the loss NaN, where the reference raises IndexError.
 
     Raises:
-        ValueError, TypeError: shapes, types or devices that do not fit, T ≤ 0, nothing in a tensor.
+        ValueError, TypeError: shapes, types or devices that do not fit, T no number above 0, nothing in a tensor.
     """
     op = "info_nce"
     expect_dtype(op, "queries", queries)
@@ -327,8 +340,8 @@ def info_nce_statistics(
     )
     expect_shape(op, "labels", labels, labels.shape == queries.shape[:1], f"one for each query: [{len(queries)}]")
     expect_device(op, queries=queries, keys=keys, labels=labels)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature={temperature} must be above 0")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{op}: temperature={temperature} must be a number above 0")
     unless = f"the kernel is for keys of up to {WIDEST} dimensions" if queries.shape[1] > WIDEST else ""
     if choose(op, implementation, queries, keys, unless=unless) == "reference":
         return reference.info_nce_statistics(queries, keys, labels, temperature)

@@ -116,6 +116,37 @@ def test_any_input_in_a_type_that_kernels_lack_decides(device):
         kernels.token_restore(tokens, mask_token, position, ids, implementation="triton")
 
 
+def of_everything(implementation: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each operation that has a gradient makes of sixteen values: a scalar."""
+    options = {"implementation": implementation}
+    tokens, table, ids = x.view(1, 2, 8), torch.ones(5, 8, device=x.device), torch.arange(4, device=x.device)[None]
+    keys = torch.eye(3, 8, device=x.device)
+    return {
+        "feature_loss": kernels.feature_loss(tokens, table[None, :2], **options),
+        "feature_tap": kernels.feature_tap(tokens, table[None, :2], **options)[1],
+        "info_nce": kernels.info_nce(tokens[0], keys, ids[0, :2], 0.2, **options),
+        "patch_gather": kernels.patch_gather(x[:12].view(1, 3, 2, 2), None, 1, **options).pow(3).sum(),
+        "token_restore": kernels.token_restore(tokens, table[0], table, ids, **options).pow(3).sum(),
+    }
+
+
+@pytest.mark.parametrize("op", ["feature_loss", "feature_tap", "info_nce", "patch_gather", "token_restore"])
+def test_a_second_derivative_is_the_references_or_an_error(op, device):
+    """Kernels have first derivatives alone: a penalty on a gradient must not be zero without a word."""
+    start = torch.randn(16, generator=torch.Generator().manual_seed(0)).to(device)
+    firsts = {}
+    for implementation in ("reference", "triton"):
+        x = start.clone().requires_grad_()
+        (firsts[implementation],) = torch.autograd.grad(of_everything(implementation, x)[op], x, create_graph=True)
+        penalty = firsts[implementation].square().sum() + x.sum()
+        if implementation == "reference":
+            assert (torch.autograd.grad(penalty, x)[0] - 1).norm() > 1e-4
+        else:
+            with pytest.raises(RuntimeError, match=r"backward through mcf\.\w+_backward.* no autograd formula"):
+                penalty.backward()
+    torch.testing.assert_close(firsts["triton"], firsts["reference"], rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ in other processes
 
 

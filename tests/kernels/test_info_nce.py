@@ -262,6 +262,8 @@ def test_the_operator_is_what_it_says(device):
         torch.library.opcheck(torch.ops.mcf.info_nce.default, (queries.requires_grad_(), keys, labels, temperature))
     grouped = contrast(6, 30, 64, groups=2, device=device)
     torch.library.opcheck(torch.ops.mcf.info_nce.default, (*grouped, 0.2))
+    above, kept = torch.tensor(3.0, device=device), torch.randn(6, 64, device=device)
+    torch.library.opcheck(torch.ops.mcf.info_nce_backward.default, (above, kept, queries.detach().bfloat16()))
 
 
 def test_autocast_does_not_touch_it(device):
@@ -316,8 +318,9 @@ def test_what_does_not_fit_is_one_line(function, implementation):
         ((q, k.int(), labels, 0.2), TypeError, "keys is int32; it must be floating point"),
         ((q, k, labels.int(), 0.2), TypeError, "labels is int32; it must be int64"),
         ((q, k.to("meta"), labels, 0.2), ValueError, "keys is on meta and queries on cpu"),
-        ((q, k, labels, 0.0), ValueError, "temperature=0.0 must be above 0"),
-        ((q, k, labels, float("nan")), ValueError, "temperature=nan must be above 0"),
+        ((q, k, labels, 0.0), ValueError, "temperature=0.0 must be a number above 0"),
+        ((q, k, labels, float("nan")), ValueError, "temperature=nan must be a number above 0"),
+        ((q, k, labels, float("inf")), ValueError, "temperature=inf must be a number above 0"),
     ]:
         with pytest.raises(error, match=words) as caught:
             function(*wrong, implementation=implementation)
