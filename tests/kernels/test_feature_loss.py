@@ -77,6 +77,20 @@ def test_below_eps_a_norm_is_a_constant(axis, device):
     close(x.grad, gradient, 5e-7)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter, of what is not looked at
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("shape", [(2, 9, 12), (1, 600, 17), (1, 3, 2100)], ids=str)
+def test_without_a_bound_what_pads_a_tile_is_not_seen(shape, axis, device):
+    # Columns that are whole and in pieces, tiles that are not full; none of the columns is zero.
+    a, b = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
+    loss, gradient = truth(a, b, axis, eps=0.0)
+    x = a.clone().requires_grad_()
+    ours = kernels.feature_loss(x, b, axis, eps=0.0, implementation="triton")
+    ours.backward()
+    torch.testing.assert_close(ours.detach().double(), loss, **LOSS)
+    close(x.grad, gradient, 5e-7)
+
+
 def test_features_that_are_nearly_the_targets_keep_their_digits(device):
     b = numbers(2, 63, 20, device=device)
     a = b + 1e-4 * numbers(2, 63, 20, seed=1, device=device)
