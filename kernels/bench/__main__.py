@@ -29,7 +29,7 @@ OURS = ("triton", "eager")
 
 
 def main(argv: list[str]) -> int:
-    """Check and measure, or draw what was measured; 1 if an operation is wrong."""
+    """Check and measure, or draw what was measured; 1 if an operation is wrong, 130 where ctrl-C ended it."""
     try:
         values = parse("mcf.kernels.bench", "the kernels' times beside PyTorch's, once they are right", KEYS, argv)
         if values["plots"]:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(cases: list[Case], device: torch.device, timed: bool, until: float, out: Path | None) -> int:
-    """Check all cases, time what is right, print and write the tables; 1 if an operation is wrong.
+    """Check all cases, time what is right, print and write the tables; 1 if an operation is wrong, 130 if interrupted.
 
     Args:
         cases: what of.
@@ -68,25 +68,33 @@ def run(cases: list[Case], device: torch.device, timed: bool, until: float, out:
         )
     print()
     rows: list[Row] = []
-    for case in cases:
-        functions = _functions(case, device, timed)
-        if "compile" in functions:
-            torch._dynamo.reset()  # each shape is compiled for itself, and the compiler counts them as one function's
-        for name, function in functions.items():
-            late = time.monotonic() > until
-            new = _rows(case, name, function, device, limits, "not reached" if late else "")
-            rows += new
-            # What was not timed has the same to say of each pass.
-            print("\n".join(_line(row) for row in (new if new[0].p50_us else new[:1])), flush=True)
-        if out:
-            write_csv(out / "bench.csv", rows, machine)  # what is measured is kept, whatever ends this
+    interrupted = False
+    try:
+        for case in cases:
+            functions = _functions(case, device, timed)
+            if "compile" in functions:
+                torch._dynamo.reset()  # each shape is compiled for itself, and the compiler counts them as one function's
+            for name, function in functions.items():
+                late = time.monotonic() > until
+                new = _rows(case, name, function, device, limits, "not reached" if late else "")
+                rows += new
+                # What was not timed has the same to say of each pass.
+                print("\n".join(_line(row) for row in (new if new[0].p50_us else new[:1])), flush=True)
+                if out:
+                    _write(rows, machine, out)  # what is measured is kept, whatever ends this
+    except KeyboardInterrupt:
+        interrupted = True
     wrong = sorted({f"{row.op} {row.shape} {row.implementation}: {row.note}" for row in rows if _wrong(row)})
     if timed:
         print(f"\n{markdown(rows)}\n\n{_summary(rows, machine)}")
     if out:
-        _write(rows, machine, out)
+        _plot(rows, machine, out)
+        print(f"written to {out}")
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
+    if interrupted:
+        print("error: interrupted; what is above had been measured", file=sys.stderr)
+        return 130
     return 1 if wrong else 0
 
 
@@ -139,6 +147,8 @@ def _rows(
     rows = []
     for which, work in case.passes().items():
         floor = work.floor_us(limits.bandwidth, limits.throughput) if limits else None
+        # A multiple of a processor's floor is asked of nobody.
+        accept = work.accept_floor * floor if work.accept_floor and floor and device.type == "cuda" else None
         taken = times.get(which)
         rows.append(
             Row(
@@ -157,7 +167,7 @@ def _rows(
                 bytes=work.bytes,
                 operations=work.operations,
                 floor_us=floor,
-                accept_us=work.accept_us or (work.accept_floor * floor if work.accept_floor and floor else None),
+                accept_us=work.accept_us or accept,
             )
         )
     return rows
@@ -205,14 +215,17 @@ def _write(rows: list[Row], machine: Machine, out: Path) -> None:
     warning = "" if machine.capability else "**These are not GPU numbers.** "
     where = f"{machine.device}, driver {machine.driver or '–'}, torch {machine.torch}, triton {machine.triton or '–'}"
     head = f"{warning}{where}; commit {machine.commit}, source {machine.source}, {machine.date}."
+    write_csv(out / "bench.csv", rows, machine)
     (out / "bench.md").write_text(f"{head}\n\n{markdown(rows)}\n\n{_summary(rows, machine)}\n")
+
+
+def _plot(rows: list[Row], machine: Machine, out: Path) -> None:
     if not plots.possible():
         print(
             f"no plots: matplotlib is not installed; elsewhere: python -m mcf.kernels.bench plots={out / 'bench.csv'}"
         )
     elif any(row.p50_us for row in rows):
         plots.draw(rows, machine, out)
-    print(f"written to {out}")
 
 
 def _draw(path: Path, out: str) -> int:

@@ -42,13 +42,13 @@ def draw(rows: list[Row], machine: Machine, out: Path) -> list[Path]:
 def _over_size(op: str, rows: list[Row], machine: Machine, out: Path) -> Path:
     """Median times, p20 to p80 as bars, over the operations of a pass, or over its bytes where it has none."""
     mine = [row for row in rows if row.op == op]
-    passes = [which for which in ("forward", "backward") if any(row.which == which for row in mine)]
-    figure = _figure(6.0 * len(passes), 4.5)
+    passes = [which for which in ("forward", "backward", "both") if any(row.which == which for row in mine)]
+    figure = _figure(5.0 * len(passes), 4.5)
     for place, which in enumerate(passes):
         axes = figure.add_subplot(1, len(passes), place + 1)
         here = [row for row in mine if row.which == which]
         measure = "operations" if any(row.operations for row in here) else "bytes"
-        styles = dict(zip(dict.fromkeys(map(_kind, here)), ("-", "--", "-.", ":")))
+        styles = dict(zip(dict.fromkeys(map(_kind, here)), (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))))
         for name, kind in dict.fromkeys((row.implementation, _kind(row)) for row in here):
             line = [row for row in here if (row.implementation, _kind(row)) == (name, kind)]
             line.sort(key=lambda row: getattr(row, measure))
@@ -56,12 +56,15 @@ def _over_size(op: str, rows: list[Row], machine: Machine, out: Path) -> Path:
             below = [_known(row.p50_us) - _known(row.p20_us) for row in line]
             above = [_known(row.p80_us) - _known(row.p50_us) for row in line]
             label = f"{name} {kind}" if len(styles) > 1 else name
-            style: dict[str, Any] = {"marker": "o", "capsize": 2, "linestyle": styles[kind], "color": COLOURS.get(name)}
+            linestyle, marker = styles[kind]
+            style: dict[str, Any] = {"marker": marker, "linestyle": linestyle, "color": COLOURS.get(name), "capsize": 2}
             sizes = [getattr(row, measure) for row in line]
             axes.errorbar(sizes, middle, yerr=(below, above), label=label, **style)
         floors = sorted({(getattr(row, measure), _known(row.floor_us)) for row in here})
-        axes.plot(*zip(*floors), linewidth=1, color="black", label="floor")
-        axes.set(xscale="log", yscale="log", title=f"{op} {which}", xlabel=measure, ylabel="µs")
+        axes.plot(*zip(*floors), linewidth=1, color="black", marker=".", label="floor")
+        axes.set(xscale="log", yscale="log", title=f"{op}, {which}", xlabel=measure)
+        if not place:
+            axes.set_ylabel("µs: median, p20 to p80")
         axes.grid(True, which="both", alpha=0.2)
         axes.legend(fontsize=7)
     return _save(figure, machine, out / f"time_{op}.png")

@@ -111,23 +111,27 @@ def read_csv(path: Path) -> tuple[list[Row], Machine | None]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table an operation: a line a shape and pass, the kernel's time beside the baselines'."""
+    """One table an operation: a line a shape and pass, the kernel's time beside the baselines'; no column that is empty."""
     parts = []
     for op in dict.fromkeys(row.op for row in rows):
         mine = [row for row in rows if row.op == op]
         names = list(dict.fromkeys(row.implementation for row in mine))
-        head = ["shape", "pass", *(f"{name} µs" for name in names), "floor µs", "share", "accept µs", "peak MiB"]
-        lines = [f"### {op}", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        lines: list[list[str]] = []
         for shape, dtype, which in dict.fromkeys((row.shape, row.dtype, row.which) for row in mine):
             here = {
                 row.implementation: row for row in mine if (row.shape, row.dtype, row.which) == (shape, dtype, which)
             }
             first = next(iter(here.values()))
             cells = [f"{shape} {dtype}", which, *(_time(here.get(name)) for name in names), _number(first.floor_us)]
-            cells += [f"{first.share:.0%}" if first.share else "–", _number(first.accept_us)]
-            cells += [" / ".join(_number(here[name].peak_mib) for name in names if name in here)]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            share = here[names[0]].share if names[0] in here else None
+            cells += [f"{share:.0%}" if share else "–", _number(first.accept_us)]
+            peaks = [here[name].peak_mib if name in here else None for name in names]
+            lines.append([*cells, "–" if peaks == [None] * len(names) else " / ".join(map(_number, peaks))])
+        head = ["shape", "pass", *(f"{name} µs" for name in names), "floor µs", f"{names[0]}'s share", "accept µs"]
+        head += [f"peak MiB ({' / '.join(names)})"]
+        told = [place for place in range(len(head)) if any(cells[place] != "–" for cells in lines)]
+        table = [head, ["---"] * len(head), *lines]
+        parts.append("\n".join([f"### {op}", "", *(f"| {' | '.join(cells[i] for i in told)} |" for cells in table)]))
     return "\n\n".join(parts)
 
 
