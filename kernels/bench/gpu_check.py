@@ -10,6 +10,8 @@ an import path on which mcf.kernels is the folder it lies in. The results lie in
     bench.txt .csv .md the benchmark
     sanitizer-*.txt    memcheck and racecheck over every kernel
     summary.txt        what passed, what did not, what was left out
+
+Each is written as it comes: whatever ends this, what was found out until then is there.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ RESERVE_S = 15
 """What is kept of the eight minutes for starting and ending."""
 TESTS_S, SANITIZER_S = 160, 70
 """How long the tests may take, and each tool of the sanitizer."""
+GRACE_S = 10
+"""What is out of time is interrupted, and has so long to write what it has before it is killed."""
 VERSIONS = """
 import platform, numpy, pytest, torch, triton
 print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), triton "
@@ -43,6 +47,7 @@ class Check:
 
     def __init__(self, out: Path, path: Path):
         self.out = out
+        self.path = path
         self.until = time.monotonic() + 60 * MINUTES - RESERVE_S
         self.environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONUNBUFFERED": "1"}
         # Kernels must be compiled here, whatever the shell says.
@@ -62,16 +67,20 @@ class Check:
         log = self.out / f"{name}.txt"
         started = time.monotonic()
         with log.open("w") as file:
+            # Not in OUT: `python -m` looks into the current folder first, and OUT may be a checkout.
             process = subprocess.Popen(
-                command, cwd=self.out, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                command, cwd=self.path, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
             try:
                 status = str(process.wait(timeout=max(1, min(seconds, self.left()))))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 status = "out of time"
+            except BaseException:
+                self.say(f"{name}: interrupted after {time.monotonic() - started:.0f} s", False)
+                raise
+            finally:
+                _end(process)
         passed = status in map(str, good)
         self.say(
             f"{name}: {'passed' if passed else f'FAILED ({status})'} in {time.monotonic() - started:.0f} s", passed
@@ -85,7 +94,19 @@ class Check:
         """Keep a line for the summary, and whether the whole fails by it."""
         self.failed = self.failed or not passed
         self.lines.append(line)
+        (self.out / "summary.txt").write_text("\n".join(self.lines) + "\n")
         print(f"gpu-check: {line}", flush=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started, if it still runs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main(argv: list[str]) -> int:
@@ -106,7 +127,6 @@ def main(argv: list[str]) -> int:
         (package / "kernels").symlink_to(KERNELS, target_is_directory=True)
         check = Check(out, Path(folder))
         _parts(check)
-    (out / "summary.txt").write_text("\n".join(check.lines) + "\n")
     return 1 if check.failed else 0
 
 
@@ -121,8 +141,14 @@ def _parts(check: Check) -> None:
     if gpu:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
         (check.out / "machine.txt").write_text(there + (smi.stdout if smi else ""))
-    tests = [python, "-m", "pytest", str(ROOT / "tests/kernels"), "-m", "gpu", "-p", "no:cacheprovider"]
+        if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+            check.say("Triton needs a C compiler to launch kernels: install gcc, or name one with CC=…", False)
+            return
+    # By name, one a line: what was passed is seen whatever comes after. Options of plugins that are not here are nothing
+    # to warn of.
+    tests = [python, "-m", "pytest", str(ROOT / "tests/kernels"), "-m", "gpu", "-v", "-p", "no:cacheprovider"]
     tests += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", f"--junitxml={check.out / 'tests.xml'}"]
+    tests += ["-W", "ignore::pytest.PytestConfigWarning"]
     output = check.run("tests", tests, TESTS_S)
     check.say("tests: " + output.strip().rpartition("\n")[2].strip("= "))
 
@@ -153,5 +179,15 @@ def _parts(check: Check) -> None:
             check.run(f"sanitizer-{tool}", command, SANITIZER_S, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
+def _leave(*_: object) -> None:
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # As ctrl-C does: what was started is ended, too.
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        status = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    sys.exit(status)

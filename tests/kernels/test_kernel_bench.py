@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +194,26 @@ def test_a_kernel_that_raises_fails_the_benchmark_and_a_baseline_does_not(capsys
     assert bench.run([sure(functions={"eager": broken})], CPU, True, time.monotonic() + 60, None) == 1
 
 
+def test_what_was_measured_is_kept_whatever_comes_after(tmp_path, capsys):
+    """Each implementation is in the files when the next begins, so that a kill loses one; ctrl-C still gives tables."""
+    seen = []
+
+    def interrupted(x):
+        seen.append([(tmp_path / name).read_text() for name in ("bench.csv", "bench.md")])
+        raise KeyboardInterrupt
+
+    case = sure()
+    case = sure(functions={"eager": case.truth, "library": case.truth, "last": interrupted})
+    assert bench.run([case, sure(shape="n=11")], CPU, True, time.monotonic() + 60, tmp_path) == 130
+    assert all("square" in text and "eager" in text and "library" in text for text in seen[0])
+    rows, _ = table.read_csv(tmp_path / "bench.csv")
+    assert {(row.shape, row.implementation, row.p50_us is None) for row in rows} == {
+        ("n=10", "eager", False), ("n=10", "library", False),
+    }  # fmt: skip
+    output = capsys.readouterr()
+    assert "| n=10 float32 | backward |" in output.out and output.err.startswith("error: interrupted;")
+
+
 def test_ids_must_agree_to_the_last(capsys):
     case = SMALL["mask B=5 L=63 K=15 int64"]
 
@@ -294,6 +315,8 @@ def test_on_a_cpu_it_says_that_these_are_no_gpu_numbers(tmp_path, capsys):
     assert {row.implementation for row in rows if row.p50_us} == {"eager", "library"}
     assert all(row.p20_us <= row.p50_us <= row.p80_us and row.floor_us > 0 for row in rows if row.p50_us)
     assert all(row.error is not None and row.error < 2e-6 for row in rows if row.implementation != "library")
+    # What is asked is asked of an H200, and not of a multiple of what this processor could do.
+    assert not any(row.accept_us for row in rows)
 
 
 def test_without_time_nothing_is_measured_and_that_is_said(capsys):
@@ -369,6 +392,16 @@ def test_tables_and_verdicts():
     fast = [replace(row, p50_us=1.0) if row.implementation == "eager" and row.p50_us else row for row in rows]
     assert "mask uint8 B=1000 forward: eager is faster, 1 µs" in bench._summary(fast, h200)
     assert "no verdict" in bench._summary(rows, table.here(CPU))
+
+
+def test_a_table_has_no_column_that_is_empty():
+    """Nor a share, or a peak, of which one must guess whose it is."""
+    head, *_ = (line for line in table.markdown(results()).splitlines() if line.startswith("|"))
+    assert head.endswith("| floor µs | triton's share | accept µs | peak MiB (triton / eager) |")
+    bare = [replace(row, peak_mib=None, accept_us=None) for row in results() if row.implementation == "eager"]
+    lines = table.markdown(bare).splitlines()
+    assert lines[2] == "| shape | pass | eager µs | floor µs | eager's share |"
+    assert all(line.count("|") == 6 for line in lines[2:])
 
 
 def test_plots_are_drawn_from_the_file(tmp_path, capsys):
@@ -492,7 +525,7 @@ def test_gpu_check_runs_with_nothing_installed(bare_python, tmp_path):
     summary = (out / "summary.txt").read_text()
     assert "no CUDA device was found" in summary and "bench: passed" in summary, done.stdout[-4000:]
     assert "needs a CUDA device" in (out / "tests.txt").read_text() and "error" not in (out / "tests.txt").read_text()
-    assert "tests: passed" in summary and "skipped" in summary
+    assert "tests: passed" in summary and "skipped" in summary and "warning" not in summary
     assert (out / "tests.xml").read_text().count("<skipped") >= 1
     assert "NOT GPU numbers" in (out / "bench.txt").read_text()
     rows, _ = table.read_csv(out / "bench.csv")
@@ -516,6 +549,49 @@ def test_gpu_check_ends_in_time_and_reports_what_failed(tmp_path):
     check.run("slow", [sys.executable, "-c", child], 1)
     assert time.monotonic() - started < 60 and check.failed
     assert [line.split(" in ")[0] for line in check.lines] == ["fine: passed", "slow: FAILED (out of time)"]
+    assert (tmp_path / "summary.txt").read_text().splitlines() == check.lines
+
+
+def test_gpu_check_lets_what_is_out_of_time_write_what_it_has(tmp_path):
+    check = gpu_check.Check(tmp_path, tmp_path)
+    polite = "import time\ntry: print('begun', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('written')"
+    # Ten times what a Python needs to begin.
+    check.run("polite", [sys.executable, "-c", polite], 10)
+    assert (tmp_path / "polite.txt").read_text().split() == ["begun", "written"] and check.failed
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="what a process has started is read from /proc")
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_gpu_check_that_is_ended_ends_what_it_began(name, status, tmp_path):
+    """A kill in the middle: the part that runs ends with it, and the summary says how far it came."""
+    process = subprocess.Popen([sys.executable, gpu_check.__file__, str(tmp_path)])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        deadline = time.monotonic() + 120
+        # Until the first part, which imports torch for seconds, is more than a fork.
+        while (
+            not (child := children.read_text().split()) or "numpy" not in Path("/proc", child[0], "cmdline").read_text()
+        ):
+            assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+        process.wait()
+    assert not Path("/proc", child[0]).exists()
+    assert (tmp_path / "summary.txt").read_text().startswith("machine: interrupted after ")
+
+
+def test_gpu_check_without_a_compiler_says_so(tmp_path, monkeypatch):
+    check = gpu_check.Check(tmp_path, tmp_path)
+    monkeypatch.setattr(gpu_check.Check, "run", lambda *arguments, **_: "torch 2.13\nNVIDIA H200\n")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    gpu_check._parts(check)
+    assert check.failed and check.lines == [
+        "Triton needs a C compiler to launch kernels: install gcc, or name one with CC=…"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ documents
