@@ -1,0 +1,127 @@
+"""`make gpu-check`: with nothing installed, in its time, and what it leaves when it is ended."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcf.kernels.bench import gpu_check, registry, table
+
+# What torch, triton, numpy and pytest need themselves, and nothing else that is installed here.
+BARE = (
+    "torch", "torchgen", "functorch", "triton", "numpy", "numpy.libs", "pytest", "_pytest", "iniconfig", "pluggy", "packaging",
+    "pygments", "py.py", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec",
+)  # fmt: skip
+
+
+@pytest.fixture
+def bare_python(tmp_path) -> Path:
+    """A Python that has torch, triton, numpy and pytest, without pip, without mcf, and without all that mcf installs."""
+    if not hasattr(os, "symlink"):
+        pytest.skip("links are how packages are lent")
+    folder = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (target,) = folder.glob("lib/python3*/site-packages")
+    source = Path(torch.__file__).parent.parent
+    for name in BARE:
+        if (source / name).exists():
+            (target / name).symlink_to(source / name)
+    for info in source.glob("*.dist-info"):
+        if info.name.partition("-")[0] in BARE:
+            (target / info.name).symlink_to(info)
+    return folder / "bin/python"
+
+
+def test_gpu_check_runs_with_nothing_installed(bare_python, tmp_path):
+    """Without a GPU it runs all that can run, skips the rest with reasons, and fails, saying that there was no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: run make gpu-check itself")
+    there = subprocess.run(
+        [bare_python, "-c", "import torch, triton, numpy, pytest\nimport pydantic"], capture_output=True, text=True
+    )
+    assert "No module named 'pydantic'" in there.stderr
+    root = Path(gpu_check.__file__).resolve().parents[2]
+    out = tmp_path / "results"
+    make = shutil.which("make")
+    command = ["make", "-C", str(root), "gpu-check", f"OUT={out}", f"PYTHON={bare_python}"]
+    if not make:
+        command = [str(bare_python), str(root / "kernels/bench/gpu_check.py"), str(out)]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode != 0
+    summary = (out / "summary.txt").read_text()
+    assert "no CUDA device was found" in summary and "bench: passed" in summary, done.stdout[-4000:]
+    assert "needs a CUDA device" in (out / "tests.txt").read_text() and "error" not in (out / "tests.txt").read_text()
+    assert "tests: passed" in summary and "skipped" in summary and "warning" not in summary
+    assert (out / "tests.xml").read_text().count("<skipped") >= 1
+    assert "NOT GPU numbers" in (out / "bench.txt").read_text()
+    rows, _ = table.read_csv(out / "bench.csv")
+    assert {row.op for row in rows} == set(registry.OPERATIONS)
+    assert not (out / "roofline.png").exists()
+
+
+@pytest.mark.parametrize("words", [[], [""], ["a", "b"], ["/dev/null/x"]])
+def test_gpu_check_needs_a_folder(words, capsys):
+    assert gpu_check.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_gpu_check_ends_in_time_and_reports_what_failed(tmp_path):
+    check = gpu_check.Check(tmp_path, tmp_path)
+    check.run("fine", [sys.executable, "-c", "print('well')"], 60)
+    assert (tmp_path / "fine.txt").read_text() == "well\n" and not check.failed
+    started = time.monotonic()
+    child = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    check.run("slow", [sys.executable, "-c", child], 1)
+    assert time.monotonic() - started < 60 and check.failed
+    assert [line.split(" in ")[0] for line in check.lines] == ["fine: passed", "slow: FAILED (out of time)"]
+    assert (tmp_path / "summary.txt").read_text().splitlines() == check.lines
+
+
+def test_gpu_check_lets_what_is_out_of_time_write_what_it_has(tmp_path):
+    check = gpu_check.Check(tmp_path, tmp_path)
+    polite = "import time\ntry: print('begun', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('written')"
+    # Ten times what a Python needs to begin.
+    check.run("polite", [sys.executable, "-c", polite], 10)
+    assert (tmp_path / "polite.txt").read_text().split() == ["begun", "written"] and check.failed
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="what a process has started is read from /proc")
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_gpu_check_that_is_ended_ends_what_it_began(name, status, tmp_path):
+    """A kill in the middle: the part that runs ends with it, and the summary says how far it came."""
+    process = subprocess.Popen([sys.executable, gpu_check.__file__, str(tmp_path)])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        deadline = time.monotonic() + 120
+        # Until the first part, which imports torch for seconds, is more than a fork.
+        while (
+            not (child := children.read_text().split()) or "numpy" not in Path("/proc", child[0], "cmdline").read_text()
+        ):
+            assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+        process.wait()
+    assert not Path("/proc", child[0]).exists()
+    assert (tmp_path / "summary.txt").read_text().startswith("machine: interrupted after ")
+
+
+def test_gpu_check_without_a_compiler_says_so(tmp_path, monkeypatch):
+    check = gpu_check.Check(tmp_path, tmp_path)
+    monkeypatch.setattr(gpu_check.Check, "run", lambda *arguments, **_: "torch 2.13\nNVIDIA H200\n")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    gpu_check._parts(check)
+    assert check.failed and check.lines == [
+        "Triton needs a C compiler to launch kernels: install gcc, or name one with CC=…"
+    ]
