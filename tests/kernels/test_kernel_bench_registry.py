@@ -1,6 +1,7 @@
 """What is measured: every operation, what it must cost at least, and what of that the documents say."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,16 @@ def test_documented_floors_and_accepted_times_are_those_that_are_measured_agains
     # Every accepted time in microseconds is in the table (floors' multiples hold for all taps: one shape stands for them).
     assert asked >= {(c.name, w) for c in FULL.values() for w, work in c.passes().items() if work.accept_us}
     assert {op.strip("`") for op, *_ in rows} | {"feature_loss", "info_nce_statistics"} == set(registry.OPERATIONS)
+
+
+def test_each_kernels_page_says_what_is_asked_and_what_was_measured():
+    text = (ROOT / "docs/kernels.md").read_text()
+    asked = rows_of("benchmarks.md", "Operation")
+    for op in dict.fromkeys(row[0].strip("`") for row in asked):
+        page = text.partition(f"\n## {op}")[2].partition("\n## ")[0]
+        assert f"kernels/{op.replace('tap', 'loss')}.svg" in page and "\nFloor" in page
+        (line,) = (line for line in page.splitlines() if line.startswith("Asked of an H200: "))
+        numbers = re.findall(r"(\d+) µs", line)
+        assert {row[4] for row in asked if row[0].strip("`") == op} <= set(numbers), line
+        told = all(row[5] == "not measured" for row in asked if row[0].strip("`") == op)
+        assert line.endswith("Measured: not yet on a GPU.") == told
