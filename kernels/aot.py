@@ -161,7 +161,12 @@ def table(compiled: list[Compiled]) -> str:
 def main(argv: list[str]) -> int:
     """Print the table; 1 if a kernel is not fit for its chip."""
     try:
-        values = parse("mcf.kernels.aot", "compiles every kernel for sm_80 and sm_90 without a GPU", _KEYS, argv)
+        values = parse(
+            "mcf.kernels.aot",
+            "compile every kernel for sm_80 and sm_90, on any machine, and see whether it is fit for them",
+            _KEYS,
+            argv,
+        )
         ops, chips = chosen("op", values["op"], list(OPERATIONS)), chosen("chip", values["chip"], list(CHIPS))
         processes = int(number("processes", values["processes"], 1))
         if not HAS_TRITON:

@@ -6,4 +6,5 @@ from mcf.cli import VERBS
 
 if __name__ == "__main__":
     print("usage: python -m mcf.VERB key=value …      (--help lists the keys of a verb)\n")
-    print("\n".join(f"  mcf.{verb:<12}{does}" for verb, does in VERBS.items()))
+    width = max(map(len, VERBS)) + 2
+    print("\n".join(f"  mcf.{verb:<{width}}{does}" for verb, does in VERBS.items()))

@@ -47,6 +47,8 @@ VERBS = {
     "convert": "turn weights of MoCo v3, MAE, timm or the released MCF into a ViT with timm's names",
     "parity": "compare one training step with golden numbers of the reference",
     "bench": "measure images/s of the data's way or of the training step",
+    "kernels.bench": "measure the kernels beside PyTorch's own operations, once they are shown to be right",
+    "kernels.aot": "compile every kernel for sm_80 and sm_90, on any machine, and see whether it is fit for them",
 }
 
 # What a machine can refuse at any place. Other errors of the system may be mistakes of the program: a traceback is due.

@@ -31,7 +31,12 @@ OURS = ("triton", "eager")
 def main(argv: list[str]) -> int:
     """Check and measure, or draw what was measured; 1 if an operation is wrong, 130 where ctrl-C ended it."""
     try:
-        values = parse("mcf.kernels.bench", "the kernels' times beside PyTorch's, once they are right", KEYS, argv)
+        values = parse(
+            "mcf.kernels.bench",
+            "measure the kernels beside PyTorch's own operations, once they are shown to be right",
+            KEYS,
+            argv,
+        )
         if values["plots"]:
             return _draw(Path(values["plots"]), values["out"])
         ops = chosen("op", values["op"], list(registry.OPERATIONS))
