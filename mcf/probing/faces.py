@@ -12,7 +12,6 @@ Nobody stands on both sides of a split:
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from mcf.config import ProbeKeys
-from mcf.downstream.datasets.faceset import Face, box_around, read_image, table_points
+from mcf.downstream.datasets.faceset import Face, box_around, read_image, table_points, table_rows
 from mcf.downstream.datasets.parsing import split_by_person
 from mcf.downstream.loader import whole_box
 from mcf.errors import UserError
@@ -142,11 +141,7 @@ def find_tables(root: Path, where: str) -> list[Path]:
 
 def read_table(path: Path, images: Path) -> list[Row]:
     """The rows of a table. Raises UserError for one that cannot be read as such."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); give CSV in UTF-8") from None
+    lines = table_rows(path)
     heading = lines[0] if lines else []
     if not heading or heading[0] != "file":
         raise UserError(f"{path}: begins with {','.join(heading[:4])!r}; expected a heading file,person,…,x0,y0,…")

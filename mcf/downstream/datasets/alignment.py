@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mcf.downstream.datasets.faceset import Face, FaceSet, box_around, count_note, need, table_points, units_of
+from mcf.downstream.datasets.faceset import (
+    Face,
+    FaceSet,
+    box_around,
+    count_note,
+    need,
+    table_points,
+    table_rows,
+    units_of,
+)
 from mcf.downstream.metrics import BOX, DIAGONAL
 from mcf.errors import UserError
 
@@ -119,11 +127,7 @@ def of_table(name: str, train: list[Face], test: list[Face], notes: list[str]) -
 
 def read_table(path: Path, images: Path) -> list[Face]:
     """Faces of a table: a heading, then file, person (if the heading has it), x0, y0, x1, y1 … in pixels."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); give CSV in UTF-8") from None
+    rows = table_rows(path)
     if not rows or not rows[0] or rows[0][0] != "file":
         heading = ",".join(rows[0][:4]) if rows else "nothing"
         raise UserError(f"{path}: begins with {heading!r}; expected a heading file,person,x0,y0,x1,y1,…")

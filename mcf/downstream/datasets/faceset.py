@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +222,15 @@ def _outside(face: Face, size: tuple[int, int]) -> str | None:
             "is the label of another image, or of another size?"
         )
     return told
+
+
+def table_rows(path: Path) -> list[list[str]]:
+    """The rows of a table in CSV, its heading first; UserError for a file that cannot be read as one."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error}); give CSV in UTF-8") from None
 
 
 def table_points(text: Sequence[str], where: str) -> NDArray[np.float64]:
