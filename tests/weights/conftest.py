@@ -30,6 +30,14 @@ class SmallViT:
     def image_size(self) -> int:
         return self.patch * self.grid
 
+    @property
+    def model(self) -> dict[str, int]:
+        """A recipe's keys of a model with this encoder."""
+        return {
+            "image_size": self.image_size, "patch_size": self.patch, "width": self.width, "depth": self.depth,
+            "heads": self.heads,
+        }  # fmt: skip
+
     def state(self, seed: int = 0) -> dict[str, Tensor]:
         """Random weights in which no tensor is zero or one, so that a swapped or forgotten one shows."""
         rng = torch.Generator().manual_seed(seed)

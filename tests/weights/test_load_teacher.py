@@ -27,14 +27,7 @@ def _teacher(**keys) -> TeacherConfig:
 @pytest.fixture
 def run_dir(tmp_path, vit):
     """A run with two checkpoints, in the files that training writes, of which step 20 is the newest."""
-    model = {
-        "image_size": vit.image_size,
-        "patch_size": vit.patch,
-        "width": vit.width,
-        "depth": vit.depth,
-        "heads": vit.heads,
-    }
-    recipe = Recipe.model_validate({"model": model}).model_dump(mode="json")
+    recipe = Recipe.model_validate({"model": vit.model}).model_dump(mode="json")
     for step in (10, 20):
         with checkpoint.save(tmp_path / "run", step, keep=5) as folder:
             for file, seed in (("weights", step), ("momentum", step + 1)):

@@ -26,14 +26,7 @@ import tiny
 
 def recipe(vit, path, **start) -> Recipe:
     """A recipe whose encoder is of the small ViT's shape."""
-    model = {
-        "image_size": vit.image_size,
-        "patch_size": vit.patch,
-        "width": vit.width,
-        "depth": vit.depth,
-        "heads": vit.heads,
-    }
-    return Recipe.model_validate({"model": model, "start": {"path": str(path), **start}})
+    return Recipe.model_validate({"model": vit.model, "start": {"path": str(path), **start}})
 
 
 @pytest.fixture
