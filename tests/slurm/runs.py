@@ -33,6 +33,14 @@ def require_slurm() -> None:
         pytest.skip(f"needs {', '.join(missing)} (Debian: apt install slurm-wlm munge)")
 
 
+# Tuning on twenty drawn faces: 24 steps of a head as small as they come.
+TUNING = (
+    "task=alignment", "dataset=faces", "batch=4", "warp_size=48", "input_size=32", "head.channels=8", "head.pools=[1,2]",
+    "heatmap.size=16", "heatmap.radius=3", "track.mlflow=off", "train.epochs=6", "train.log_every=1", "train.readers=1",
+    "pictures=0", "evaluate_every=6", "checkpoint.every=1000",
+)  # fmt: skip
+
+
 class Site:
     """A user's folder on the cluster's file system: shards, a recipe file, runs."""
 
@@ -96,6 +104,25 @@ class Site:
             slurm.wait_for(over, f"{state} of job {job}", seconds, poll=0.5)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said(name)}\n{self.cluster.job(job)}") from None
+
+    def draw_faces(self, name: str) -> None:
+        """A folder of twenty drawn faces."""
+        drawn = self.cluster.attempt(
+            sys.executable, "-m", "mcf.data.faces", f"out={name}", "count=20", "size=64", "workers=1", cwd=self.folder
+        )
+        assert drawn.returncode == 0, drawn.stderr
+
+    def warn_and_see_it_done(self, name: str, job: str) -> dict:
+        """Warn a run of TUNING, as Slurm does before the time is up; it goes on where it stopped. The event of that."""
+        self.wait_for_step(name, 4)
+        self.cluster.run("scancel", "--signal=USR2", job)
+        self.wait_for_end(name, job)
+        assert self.cluster.job(job)["Restarts"] == "1"
+        (stopped,), (resumed,) = self.events(name, "stopped"), self.events(name, "resumed")
+        assert stopped["step"] == resumed["step"] < 24
+        steps = [r["step"] for r in read(self.runs / name / "metrics.jsonl") if "loss/total" in r]
+        assert steps == list(range(1, 25))
+        return resumed
 
     def statuses(self, name: str) -> list[dict]:
         """Statuses of a run's ranks, by rank."""

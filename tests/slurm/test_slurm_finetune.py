@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from runs import TUNING
 
 from mcf.models.vit import VisionTransformer
-from mcf.track.jsonl import read
 from mcf.weights import files
 
 pytestmark = pytest.mark.slurm
@@ -16,19 +16,14 @@ pytestmark = pytest.mark.slurm
 
 @pytest.mark.slow
 def test_submitted_on_two_nodes_warned_and_done(site):
-    drawn = site.cluster.attempt(
-        sys.executable, "-m", "mcf.data.faces", "out=drawn", "count=20", "size=64", "workers=1", cwd=site.folder
-    )
-    assert drawn.returncode == 0, drawn.stderr
+    site.draw_faces("drawn")
     torch.manual_seed(0)
     vit = VisionTransformer(image_size=32, patch_size=8, width=16, depth=4, heads=2)
     files.write(site.folder / "vit.safetensors", vit.state_dict(), {"heads": "2"})
     command = [
-        sys.executable, "-m", "mcf.finetune", "task=alignment", "dataset=faces", "data=drawn", "weights=vit.safetensors",
-        "mode=slurm", "nodes=2", "gpus_per_node=1", "slurm.cpus_per_task=1", "slurm.time=10", "slurm.warn_seconds=30",
-        "batch=4", "micro_batch=2", "warp_size=48", "input_size=32", "head.channels=8", "head.pools=[1,2]",
-        "heatmap.size=16", "heatmap.radius=3", "track.mlflow=off", "train.epochs=6", "train.log_every=1",
-        "train.readers=1", "train.threads=1", "pictures=0", "evaluate_every=6", "checkpoint.every=1000",
+        sys.executable, "-m", "mcf.finetune", *TUNING, "data=drawn", "weights=vit.safetensors", "mode=slurm", "nodes=2",
+        "gpus_per_node=1", "slurm.cpus_per_task=1", "slurm.time=10", "slurm.warn_seconds=30", "micro_batch=2",
+        "train.threads=1",
     ]  # fmt: skip
     done = site.cluster.attempt(*command, "name=submitted", cwd=site.folder, env=site.environment(0.5))
     assert (done.returncode, done.stderr) == (0, "")
@@ -41,14 +36,7 @@ def test_submitted_on_two_nodes_warned_and_done(site):
     assert again.returncode == 2
     assert f"Slurm job {job} of this run is" in again.stderr
 
-    site.wait_for_step("submitted", 4)
-    site.cluster.run("scancel", "--signal=USR2", job)
-    site.wait_for_end("submitted", job)
-    assert site.cluster.job(job)["Restarts"] == "1"
-    (stopped,), (resumed,) = site.events("submitted", "stopped"), site.events("submitted", "resumed")
-    assert stopped["step"] == resumed["step"] < 24
-    assert resumed["ranks"] == 2
-    assert [r["step"] for r in read(run / "metrics.jsonl") if "loss/total" in r] == list(range(1, 25))
+    assert site.warn_and_see_it_done("submitted", job)["ranks"] == 2
     results = json.loads((run / "metrics.json").read_text())
     assert [entry["epoch"] for entry in results["history"]] == [6]
     assert "best_on_test" in site.said("submitted")

@@ -4,13 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from runs import require_slurm
-
-from mcf.track.jsonl import read
+from runs import TUNING, require_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -64,25 +61,11 @@ def test_pretraining_by_sbatch_is_the_same_run(site, unbroken):
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_finetuning_goes_on_after_a_warning(site, unbroken):
-    faces = site.cluster.attempt(
-        sys.executable, "-m", "mcf.data.faces", "out=faces", "count=20", "size=64", "workers=1", cwd=site.folder
-    )
-    assert faces.returncode == 0, faces.stderr
-    keys = [
-        "task=alignment", "dataset=faces", "data=faces", f"weights=runs/{unbroken}", "name=tuned", "batch=4", "micro_batch=4",
-        "warp_size=48", "input_size=32", "head.channels=8", "head.pools=[1,2]", "heatmap.size=16", "heatmap.radius=3",
-        "track.mlflow=off", "train.epochs=6", "train.log_every=1", "train.readers=1", "pictures=0", "evaluate_every=6",
-        "checkpoint.every=1000",
-    ]  # fmt: skip
+    site.draw_faces("faces")
+    keys = [*TUNING, "data=faces", f"weights=runs/{unbroken}", "name=tuned", "micro_batch=4"]
     command = ["sbatch", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10", str(ROOT / "slurm/finetune.sh"), *keys]
     done = site.cluster.attempt(*command, cwd=site.folder, env=site.environment(0.5))
     assert done.returncode == 0, done.stderr
     job = re.search(r"batch job (\d+)", done.stdout)[1]
-    site.wait_for_step("tuned", 4)
-    site.cluster.run("scancel", "--signal=USR2", job)
-    site.wait_for_end("tuned", job)
-    assert site.cluster.job(job)["Restarts"] == "1"
-    (stopped,), (resumed,) = site.events("tuned", "stopped"), site.events("tuned", "resumed")
-    assert stopped["step"] == resumed["step"] < 24
-    assert [r["step"] for r in read(site.runs / "tuned/metrics.jsonl") if "loss/total" in r] == list(range(1, 25))
+    site.warn_and_see_it_done("tuned", job)
     assert json.loads((site.runs / "tuned/metrics.json").read_text())["history"]
