@@ -133,8 +133,10 @@ def write_tar(path: Path, shard: int, samples: list[tuple[int, Scene | None]]) -
                 for form, body in (
                     ("jpg", content.content), ("json", json.dumps(row).encode()), ("txt", row["caption"].encode())
                 ):  # fmt: skip
+                    # As webdataset's writer, which img2dataset uses: a time with a fraction costs each file a pax header.
                     info = tarfile.TarInfo(f"{key}.{form}")
-                    info.size = len(body)
+                    info.size, info.mtime, info.mode = len(body), 1_600_000_000.25 + index, 0o444
+                    info.uname = info.gname = "bigdata"
                     tar.addfile(info, io.BytesIO(body))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
     stats = {"count": len(rows), "successes": sum(content is not None for _, content in samples)}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOORS = {
     "deepspeed": {"mcf.engine"},
     "fsspec": {"mcf.data.storage"},
-    "nvidia": {"mcf.data.dali"},
+    "nvidia": {"mcf.data.dali", "mcf.data.encoding"},  # DALI, and the codecs below it
     "mlflow": {"mcf.track.mlflow"},
     "submitit": {"mcf.submit"},
     "xformers": {"mcf.attention"},
@@ -65,7 +65,8 @@ ARROWS = {
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
     "mcf.pack": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.slurm",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali",
+        "mcf.data.encoding", "mcf.data.ustar", "mcf.slurm",
     },
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},

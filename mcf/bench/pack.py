@@ -115,12 +115,12 @@ def _save(out: tarfile.TarFile, key: str, jpeg: bytes, facts: dict) -> None:
 
 
 def _wall(options: PackConfig, scratch: Path, folders: list[Path], units: tuple[Unit, ...], workers: int) -> float:
-    """Seconds of so many processes for all units, once they stand ready."""
+    """Seconds of so many processes for all units, from when all stand ready until the last is done."""
     context = multiprocessing.get_context("spawn")
-    ready, go = context.Barrier(workers + 1), context.Event()
+    ready, go, done = context.Barrier(workers + 1), context.Event(), context.Barrier(workers + 1)
     processes = [
         context.Process(
-            target=_share, args=(options, scratch / f"{workers}-{i}", folders, units[i::workers], ready, go)
+            target=_share, args=(options, scratch / f"{workers}-{i}", folders, units[i::workers], ready, go, done)
         )
         for i in range(workers)
     ]
@@ -129,18 +129,21 @@ def _wall(options: PackConfig, scratch: Path, folders: list[Path], units: tuple[
     ready.wait()
     began = time.perf_counter()
     go.set()
+    done.wait()
+    seconds = time.perf_counter() - began
     for process in processes:
         process.join()
-    return time.perf_counter() - began
+    return seconds
 
 
-def _share(options: PackConfig, scratch: Path, folders: list[Path], units: tuple[Unit, ...], ready, go) -> None:
+def _share(options: PackConfig, scratch: Path, folders: list[Path], units: tuple[Unit, ...], ready, go, done) -> None:
     packer = Packer(options, scratch, folders)
     _with_mcf(packer, units[0])
     ready.wait()
     go.wait()
     for unit in units:
         _with_mcf(packer, unit)
+    done.wait()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mcf.data import ustar
 from mcf.data.storage import Storage, is_remote, storage_of
 from mcf.errors import UserError
 
@@ -243,9 +244,6 @@ class _Hashing:
         self.sha256.update(content)
         return self.file.write(content)
 
-    def tell(self) -> int:
-        return self.file.tell()
-
 
 class ShardWriter:
     """Writes one shard: `add` samples in order, `close` puts tar and index in place and returns the Shard.
@@ -259,7 +257,7 @@ class ShardWriter:
         self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._file = self._temporary.open("wb")
         self._hashing = _Hashing(self._file)
-        self._tar = tarfile.TarFile(fileobj=self._hashing, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._offset = 0
         self._rows: list[tuple[int, int, bytes]] = []
 
     def add(self, key: str, jpeg: bytes, meta: dict[str, Any] | None = None) -> None:
@@ -271,15 +269,16 @@ class ShardWriter:
 
     def _member(self, name: str, content: bytes) -> int:
         """Append a file to the tar; return where its content starts."""
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        start = self._tar.offset + tarfile.BLOCKSIZE
-        self._tar.addfile(info, io.BytesIO(content))
+        start = self._offset + ustar.BLOCK
+        fill = bytes(ustar.padding(len(content)))
+        self._hashing.write(b"".join((ustar.header(name, len(content)), content, fill)))
+        self._offset = start + len(content) + len(fill)
         return start
 
     def close(self) -> Shard:
         """Put index and tar in place (in this order: a tar under its name always has its index)."""
-        self._tar.close()
+        end = self._offset + 2 * ustar.BLOCK
+        self._hashing.write(bytes(end + -end % ustar.RECORD - self._offset))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

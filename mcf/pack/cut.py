@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from mcf.data.dali import RegionDecoder, jpeg_size
+from mcf.data.encoding import JpegEncoder
 from mcf.errors import UserError
 from mcf.pack import convert, jpeg
 from mcf.pack.convert import Prepared, Refused
@@ -68,6 +69,7 @@ class Cutter:
     def __init__(self, options: PackConfig, find: Finder | None = None):
         self.options, self.find = options, find
         self._regions = RegionDecoder(BATCH)
+        self._encoder = JpegEncoder(options.quality)
 
     def cut(self, images: Sequence[tuple[bytes, Sequence[Face] | None]]) -> list[Cut]:
         """What becomes of each (file content, its faces or None: look for them)."""
@@ -104,8 +106,7 @@ class Cutter:
     def _crops(self, plan: _Plan, pixels: np.ndarray, corner: tuple[int, int]) -> Cut:
         crops = []
         for (number, face), view in zip(plan.faces, plan.views):
-            picture = Image.fromarray(_render(pixels, corner, view))
-            content = convert.encode(picture, self.options)
+            content = self._encoder.encode(_render(pixels, corner, view))
             crops.append(Prepared(content, view.size, plan.size, (), face, number))
         return Cut(crops, plan.refused)
 
@@ -144,14 +145,14 @@ def _plain_size(content: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG whose pixels stand as they are shown; None for everything else."""
     size = jpeg_size(np.frombuffer(content, np.uint8))
     parts = jpeg.structure(content) if size else None
-    if size is None or parts is None or not parts.plain or b"Exif\0\0" in content[:65_536]:
+    if size is None or parts is None or not parts.plain or parts.exif:
         return None
     return size[1], size[0]
 
 
 def _may_be_lost(pixels: np.ndarray) -> bool:
     """Whether the last pixel is what libjpeg puts in the place of data that is not there: then a closer look is due."""
-    return bool((pixels[-1, -1] == _GREY).all())
+    return pixels[-1, -1].tolist() == [_GREY] * 3
 
 
 def _decode_upright(content: bytes, options: PackConfig) -> np.ndarray:

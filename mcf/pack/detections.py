@@ -38,7 +38,8 @@ class Tables:
 
     def __init__(self, folders: Sequence[Path]):
         self._tables = [
-            tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "first", "faces"))
+            # As plain arrays over the mapped files: each look into a memmap itself takes ten times as long.
+            tuple(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("ids", "first", "faces"))
             for folder in folders
         ]
 
@@ -57,7 +58,7 @@ class Tables:
             rows = np.searchsorted(ids, wanted)
             hit = ids[np.minimum(rows, len(ids) - 1)] == wanted
             for i, row in zip(np.array(asked)[hit].tolist(), rows[hit].tolist()):
-                found[i] = [Face.of_row(face) for face in faces[first[row] : first[row + 1]]]
+                found[i] = [Face.of_row(face) for face in faces[first[row] : first[row + 1]].tolist()]
         return found
 
 

@@ -57,12 +57,10 @@ class Face:
         return Face((left * x, top * y, right * x, bottom * y), self.score, marks)
 
     @classmethod
-    def of_row(cls, row: np.ndarray) -> Face:
+    def of_row(cls, row: Sequence[float]) -> Face:
         """From COLUMNS numbers."""
-        numbers = [float(value) for value in row]
-        marks = tuple(numbers[4:14])
-        box = (numbers[0], numbers[1], numbers[2], numbers[3])
-        return cls(box, numbers[14], marks if all(map(math.isfinite, marks)) else None)
+        left, top, right, bottom, *marks, score = row
+        return cls((left, top, right, bottom), score, tuple(marks) if all(map(math.isfinite, marks)) else None)
 
     def to_row(self) -> list[float]:
         """The inverse of `of_row`."""

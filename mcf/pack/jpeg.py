@@ -25,13 +25,14 @@ _FILLER = bytes((i * 37 + 11) % 251 for i in range(4096))
 
 @dataclass(frozen=True)
 class Structure:
-    """Frame type (low byte of SOFn), component ids, Adobe's colour transform, and where the first scan ends."""
+    """Frame type (low byte of SOFn), component ids, Adobe's colour transform, where the first scan ends, EXIF or not."""
 
     frame: int
     components: bytes
     transform: int | None
     end: int | None
     single_scan: bool
+    exif: bool
 
     @property
     def plain(self) -> bool:
@@ -47,7 +48,7 @@ class Structure:
 
 def structure(content: bytes) -> Structure | None:
     """Read the markers of a JPEG up to the end of its first scan; None if they make no sense."""
-    frame, components, transform = None, b"", None
+    frame, components, transform, exif = None, b"", None, False
     position = 2
     while position + 4 <= len(content):
         if content[position] != 0xFF:
@@ -65,12 +66,15 @@ def structure(content: bytes) -> Structure | None:
             frame, components = marker, body[6 : 6 + 3 * body[5] : 3]
         elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
             transform = body[11]
+        elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            exif = True
         elif marker == SOS:
             if frame is None:
                 return None
             found = _END_OF_SCAN.search(content, position + 2 + length)
             end = found.start() if found else None
-            return Structure(frame, components, transform, end, end is not None and content[end + 1] == EOI)
+            single = end is not None and content[end + 1] == EOI
+            return Structure(frame, components, transform, end, single, exif)
         position += 2 + length
     return None
 

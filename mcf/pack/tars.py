@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from mcf.data.ustar import BLOCK, only_times_and_owners, padding, read_header
 from mcf.pack import convert
 from mcf.pack.options import PackConfig
 from mcf.pack.source import UNREADABLE, LeftOut
@@ -31,6 +32,7 @@ DAMAGED_TAR = "damaged tar"
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 _TEXTS = frozenset({"json", "txt"})
 _MAX_JSON = 1 << 20  # bytes; img2dataset's are under 2 kB
+_BUFFER = 1 << 18  # bytes that are read at once
 
 
 @dataclass
@@ -71,8 +73,8 @@ def entries(path: Path, name: str, options: PackConfig) -> Iterator[Entry | Left
     Holds one sample at a time. Raises nothing for what is wrong with the tar.
     """
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield from _grouped(tar, name, options)
+        with path.open("rb", buffering=_BUFFER) as file:
+            yield from _grouped(_Tar(file), name, options)
     except tarfile.ReadError as error:
         detail = "empty file" if not path.stat().st_size else f"no plain tar ({error})"
         yield LeftOut(name, DAMAGED_TAR, detail[:200])
@@ -80,7 +82,7 @@ def entries(path: Path, name: str, options: PackConfig) -> Iterator[Entry | Left
         yield LeftOut(name, UNREADABLE, error.strerror or str(error))
 
 
-def _grouped(tar: tarfile.TarFile, name: str, options: PackConfig) -> Iterator[Entry | LeftOut]:
+def _grouped(tar: _Tar, name: str, options: PackConfig) -> Iterator[Entry | LeftOut]:
     """Members with one KEY that follow each other are one sample."""
     seen: set[str] = set()
     group: _Group | None = None
@@ -121,55 +123,109 @@ class _Group:
             yield LeftOut(f"{name}/{self.key}", NO_IMAGE, str(self.facts.get("error_message") or "")[:200])
 
 
-def _members(tar: tarfile.TarFile, name: str, options: PackConfig) -> Iterator[tuple[str, bytes] | LeftOut]:
+def _members(tar: _Tar, name: str, options: PackConfig) -> Iterator[tuple[str, bytes] | LeftOut]:
     """(member, content) of the files that a sample is made of; what is left out, and where the tar breaks off."""
     read = 0
     while True:
         try:
-            info = tar.next()
+            member = tar.next()
         except (tarfile.TarError, OSError, ValueError) as error:
+            if not read and isinstance(error, (tarfile.ReadError, OSError)):
+                raise
             yield LeftOut(name, DAMAGED_TAR, f"after {read} members: {error}"[:200])
             return
-        if info is None:
+        if member is None:
             # tarfile takes a broken header for the end; the true end is a block of zeros.
-            if _block(tar) != bytes(tarfile.BLOCKSIZE):
+            if tar.block() != bytes(BLOCK):
                 yield LeftOut(name, DAMAGED_TAR, f"after {read} members: no header and no end mark")
             return
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers them all: a tar of a million members must not
         read += 1
-        label = f"{name}/{info.name}"
-        form = info.name.rpartition(".")[2].lower()
+        label = f"{name}/{member.name}"
+        form = member.name.rpartition(".")[2].lower()
         limit = options.max_bytes if form in IMAGES else _MAX_JSON
-        if info.isdir():
+        if member.folder:
             continue
-        if info.name.startswith("/") or ".." in info.name.split("/"):
+        if member.name.startswith("/") or ".." in member.name.split("/"):
             yield LeftOut(label, UNSAFE)
-        elif not info.isreg() or info.issparse() or form not in IMAGES | _TEXTS or "/" in info.name.removeprefix("./"):
+        elif not member.file or form not in IMAGES | _TEXTS or "/" in member.name.removeprefix("./"):
             yield LeftOut(label, UNEXPECTED)
-        elif info.size > limit:
-            yield LeftOut(label, convert.TOO_LARGE, f"{info.size} bytes, the limit is {limit}")
+        elif member.size > limit:
+            yield LeftOut(label, convert.TOO_LARGE, f"{member.size} bytes, the limit is {limit}")
         elif form != "txt":
-            reader = tar.extractfile(info)
             try:
-                content = reader.read() if reader else b""
+                content = tar.read(member)
             except (tarfile.TarError, OSError) as error:
                 yield LeftOut(name, DAMAGED_TAR, f"after {read - 1} members: {error}"[:200])
                 return
-            if len(content) < info.size:
-                yield LeftOut(name, DAMAGED_TAR, f"ends inside {info.name}")
+            if len(content) < member.size:
+                yield LeftOut(name, DAMAGED_TAR, f"ends inside {member.name}")
                 return
-            yield info.name.removeprefix("./"), content
+            yield member.name.removeprefix("./"), content
 
 
-def _block(tar: tarfile.TarFile) -> bytes:
-    """The block where the next header should be."""
-    file = tar.fileobj
-    assert file is not None
-    try:
-        file.seek(tar.offset)  # type: ignore[attr-defined]
-        return file.read(tarfile.BLOCKSIZE)
-    except OSError:
-        return b""
+@dataclass(frozen=True)
+class _Member:
+    """A member: its size in bytes, what it is, and tarfile's view of it if that read its header."""
+
+    name: str
+    size: int
+    file: bool = True
+    folder: bool = False
+    info: tarfile.TarInfo | None = None
+
+
+class _Tar:
+    """The members of a tar, front to back. Plain headers are read here; from the first other one on, tarfile reads."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._next = 0  # where the next header begins
+        self._rest: tarfile.TarFile | None = None
+
+    def next(self) -> _Member | None:
+        """The next member; None at the end, or at what is no header. Raises what tarfile raises."""
+        if self._rest is None:
+            if (member := self._plain()) or self.block() == bytes(BLOCK):
+                return member
+            self._file.seek(self._next)
+            self._rest = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 – the caller closes the file
+        info = self._rest.next()
+        self._rest.members.clear()  # type: ignore[attr-defined]  # it remembers all: a tar of a million must not
+        if info is None:
+            self._next = self._rest.offset  # type: ignore[attr-defined]
+            return None
+        return _Member(info.name, info.size, info.isreg() and not info.issparse(), info.isdir(), info)
+
+    def read(self, member: _Member) -> bytes:
+        """The content of the member that `next` gave last; shorter than its size if the tar ends inside."""
+        if self._rest is None:
+            return self._file.read(member.size)
+        reader = self._rest.extractfile(member.info) if member.info else None
+        return reader.read() if reader else b""
+
+    def block(self) -> bytes:
+        """The block where the next header should be."""
+        try:
+            self._file.seek(self._next)
+            return self._file.read(BLOCK)
+        except OSError:
+            return b""
+
+    def _plain(self) -> _Member | None:
+        """The next member if its header is plain, but for times and owners that a pax header before it may tell."""
+        position = self._next
+        while True:
+            self._file.seek(position)
+            header = read_header(self._file.read(BLOCK))
+            if header is None:
+                return None
+            name, size, extended = header
+            position += BLOCK + size + padding(size)
+            if not extended:
+                self._next = position
+                return _Member(name, size)
+            if size > _MAX_JSON or not only_times_and_owners(self._file.read(size)):
+                return None
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -194,3 +194,27 @@ def test_the_gpu_decodes_the_same_pictures():
     on_cpu = Decoder(32, 8, device=CPU).decode(jpegs, mirror)
     assert on_gpu.is_cuda
     assert (on_gpu.cpu().int() - on_cpu.int()).abs().max() <= 3  # nvJPEG's inverse DCT may round otherwise
+
+
+def decodes(decoder: Decoder, jpeg: np.ndarray) -> bool:
+    try:
+        decoder.check([jpeg])
+    except Undecodable:
+        return False
+    return True
+
+
+def test_a_decoder_that_only_checks_finds_what_decoding_finds():
+    rng = np.random.default_rng(0)
+    full, check = (Decoder(32, 1, device=CPU, decoder="cpu", only_check=only) for only in (False, True))
+    verdicts = []
+    for trial in range(150):
+        damaged = bytearray(make_jpeg(trial, (48, 40)))
+        for place in rng.integers(2, len(damaged), rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        if trial % 3 == 0:
+            del damaged[rng.integers(len(damaged) // 2, len(damaged)) :]
+        jpeg = raw(bytes(damaged))
+        verdicts.append(decodes(full, jpeg))
+        assert decodes(check, jpeg) == verdicts[-1], trial
+    assert 20 < sum(verdicts) < 130  # both kinds were among them

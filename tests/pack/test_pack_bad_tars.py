@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -165,3 +167,48 @@ def test_a_million_members_are_read_in_little_memory(tmp_path):
     count, grown = map(int, said.split())
     assert count == 30_000
     assert grown < 10_000  # kB; with all TarInfo objects kept it is 30 MB
+
+
+def by_webdataset(path, members):
+    """As img2dataset writes: a time with a fraction gives every member a pax header."""
+    with pytest.importorskip("webdataset").TarWriter(str(path)) as writer:
+        for i in range(0, len(members), 3):
+            (name, image), (_, facts), (_, text) = members[i : i + 3]
+            writer.write({"__key__": name.removesuffix(".jpg"), "jpg": image, "json": facts, "txt": text})
+
+
+def by_tarfile(path, members, form=tarfile.PAX_FORMAT, mtime=1.5):
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), mtime
+            tar.addfile(info, io.BytesIO(content))
+
+
+def by_tarfile_gnu(path, members):
+    by_tarfile(path, members, tarfile.GNU_FORMAT, 1)
+
+
+def by_tarfile_ustar(path, members):
+    by_tarfile(path, members, tarfile.USTAR_FORMAT, 1)
+
+
+@pytest.mark.parametrize("write", [by_webdataset, by_tarfile, by_tarfile_gnu, by_tarfile_ustar])
+def test_every_kind_of_tar_gives_what_tarfile_gives(tmp_path, write):
+    # Names that need more than a plain header amid plain ones; ustar has no room for any.
+    odd = [] if write is by_tarfile_ustar else ["k" * 99, "é" * 60]
+    keys = ["000000000", "000000001", *odd, "000000002", "000000003"]
+    write(tmp_path / "t.tar", [member for i, key in enumerate(keys) for member in sample(key, i)])
+    with tarfile.open(tmp_path / "t.tar") as tar:
+        theirs = {m.name: tar.extractfile(m).read() for m in tar}
+    ours = list(tars.entries(tmp_path / "t.tar", "t.tar", PackConfig(source="x")))
+    assert [entry.key for entry in ours] == keys
+    for entry in ours:
+        assert entry.content == theirs[f"{entry.key}.jpg"] and entry.facts == json.loads(theirs[f"{entry.key}.json"])
+
+
+@pytest.mark.parametrize("write", [by_webdataset, by_tarfile, by_tarfile_ustar])
+def test_a_plain_tar_needs_no_tarfile(tmp_path, monkeypatch, write):
+    write(tmp_path / "t.tar", [member for i in range(5) for member in sample(f"{i}", i)])
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("tarfile was asked"))
+    assert [entry.key for entry in tars.entries(tmp_path / "t.tar", "t.tar", PackConfig(source="x"))] == list("01234")

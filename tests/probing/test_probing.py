@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 
 from mcf import checkpoint, probe
-from mcf.config import ProbeKeys
+from mcf.config import ProbeKeys, Recipe
 from mcf.models.vit import VisionTransformer
+from mcf.track import Tracker
 from mcf.track.jsonl import read
 from mcf.weights import files
 
@@ -110,6 +112,22 @@ def test_a_run_with_probes_is_the_run_without_to_the_bit(runs, ranks):
     ours, theirs = tensors(probed), tensors(plain)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_probes_are_in_mlflow_beside_the_losses(runs, monkeypatch):
+    """The run's own metrics, sent as a start of the same run sends what MLflow does not have yet."""
+    client = pytest.importorskip("mlflow.tracking").MlflowClient
+    monkeypatch.setattr("mcf.track.mlflow.PATIENCE", 120)
+    lines = [line for line in read(runs["probed"] / "metrics.jsonl") if line.keys() >= NAMES]
+    values = yaml.safe_load((runs["probed"] / "recipe.yaml").read_text())
+    values["track"]["mlflow"] = "local"
+    tracker = Tracker(Recipe.model_validate(values), runs["probed"], start=STEPS)
+    tracker.close()
+    there = client(tracking_uri=f"sqlite:///{runs['probed'].parent / 'mlflow.db'}")
+    for name in (*NAMES, "loss/total"):
+        history = {metric.step: metric.value for metric in there.get_metric_history(tracker.run_id, name)}
+        assert {line["step"]: history[line["step"]] for line in lines} == {line["step"]: line[name] for line in lines}
+    assert list(history) == [2, 4, 6]  # losses come more often
 
 
 @pytest.mark.parametrize(("name", "branch"), [("probed", "encoder"), ("probed-2", "momentum")])
