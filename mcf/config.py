@@ -231,6 +231,16 @@ class TrainConfig(Section):
     log_every: Positive = Field(20, description="steps between two lines of metrics")
 
 
+class SpeedConfig(Section):
+    """What makes a step faster and leaves what it computes as it is, but for the order of sums."""
+
+    keep_memory: bool = Field(
+        True,
+        description="on a CPU, keep the memory that tensors give back within the process (glibc), which then stays at its "
+        "highest mark",
+    )
+
+
 class CheckpointConfig(Section):
     """What is kept of a run, and how often."""
 
@@ -355,6 +365,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    speed: SpeedConfig = SpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -34,7 +34,7 @@ FORMAT = 1
 _FREE = (
     "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
     "data.samples", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
-    "train.zero_stage", "train.threads", "train.log_every", "checkpoint", "guard", "watchdog",
+    "train.zero_stage", "train.threads", "train.log_every", "speed", "checkpoint", "guard", "watchdog",
     "track", "probe", "slurm",
 )  # fmt: skip
 
