@@ -221,8 +221,10 @@ class TrainConfig(Section):
         None,
         description="end this launch after so many further steps, as if it had been told to stop; the schedule stays",
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="precision of the matrix work; state is always float32"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16",
+        description="precision of the matrix work; state is always float32. auto is the faster one of the machine that the "
+        "run starts on, measured, and stays when the run goes on elsewhere",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed's ZeRO stage")
     threads: Positive | None = Field(

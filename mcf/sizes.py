@@ -133,7 +133,7 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
     on). Stage 3 splits the momentum branch too.
     """
     p, ranks, stage = parameters.trained, recipe.world_size, zero_stage(recipe)
-    bf16 = recipe.train.precision == "bf16"
+    bf16 = recipe.train.precision != "fp32"
     split = split_size(recipe)
     weights = {0: 2 * p, 1: 2 * p, 2: p + p // ranks, 3: 2 * p // ranks + p - split}[stage] * FLOAT
     optimizer = {0: 2 * p, 1: 3 * p // ranks, 2: 3 * p // ranks, 3: 3 * p // ranks}[stage] * FLOAT
@@ -157,7 +157,7 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
 def _activations(recipe: Recipe) -> int:
     """Bytes that one sample's forward keeps for backward, with an attention that keeps no scores."""
     model, teacher = recipe.model, recipe.teacher
-    size = 2 if recipe.train.precision == "bf16" else FLOAT
+    size = 2 if recipe.train.precision != "fp32" else FLOAT
     visible = 1 + recipe.visible_patches
     per_sample = visible * model.depth * model.width * _per_channel(size, model.mlp_ratio)
     decoder = model.decoder

@@ -134,6 +134,11 @@ def check_same_run(folder: Path, recipe: Recipe, data: str) -> Progress:
     return progress
 
 
+def saved_precision(folder: Path) -> str:
+    """The precision that a checkpoint's run computes in: what `train.precision: auto` has become."""
+    return read_progress(folder)[1]["train"]["precision"]
+
+
 def check_same_teacher(progress: Progress, teacher: str, recipe: Recipe) -> None:
     """Raise UserError if a run would go on under a teacher with other weights: its file may move, not change."""
     if progress.teacher != teacher:

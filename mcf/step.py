@@ -66,6 +66,8 @@ class Step:
     ):
         if recipe.kernels == "triton" and (why := unavailable(world.device)):
             raise UserError(f"kernels=triton: {why}; use kernels=auto")
+        if recipe.train.precision == "auto":
+            raise ValueError("train.precision=auto: mcf.precision.choose has to say first which it is")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
         self.masks = Masks(recipe)
         student = build_student(recipe)

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import allocator, checkpoint, cli, distributed, startup, state
+from mcf import allocator, checkpoint, cli, distributed, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
@@ -43,7 +43,7 @@ class Training:
     """One run on one rank: its parts, put together and brought to where the run stands."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
-        self.recipe, self.run_dir, self.world, self.mark = recipe, run_dir, world, mark
+        self.run_dir, self.world, self.mark = run_dir, world, mark
         mark("reading data")
         startup.check_same_everywhere(world, recipe.data.path or "")
         self.manifest = distributed.from_main(lambda: load_manifest(recipe.data.path or ""))
@@ -51,6 +51,7 @@ class Training:
         self.progress = state.Progress(data=self.manifest.fingerprint)
         mark("reading checkpoint")
         found = self._newest_checkpoint()
+        self.recipe = recipe = self._resolved(recipe, found)
         if found is not None:
             # Before anything is built: a checkpoint of another run is refused at once.
             fingerprint = self.manifest.fingerprint
@@ -148,6 +149,17 @@ class Training:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0
+
+    def _resolved(self, recipe: Recipe, found: Path | None) -> Recipe:
+        """The recipe with `train.precision: auto` made one: the checkpoint's, or what rank 0 finds faster. Collective."""
+        if recipe.train.precision != "auto":
+            return recipe
+
+        def chosen() -> str:
+            return precision.choose(self.world.device) if found is None else state.saved_precision(found)
+
+        train = recipe.train.model_copy(update={"precision": distributed.from_main(chosen)})
+        return recipe.model_copy(update={"train": train})
 
     def _teacher(self) -> Teacher | None:
         """The teacher, whose file rank 0 reads for all. Collective."""

@@ -68,6 +68,7 @@ ARROWS = {
         "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.slurm",
     },
     "mcf.allocator": set(),
+    "mcf.precision": set(),
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
@@ -93,7 +94,7 @@ ARROWS = {
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.allocator", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
-        "mcf.meters", "mcf.models", "mcf.plan", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
+        "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
@@ -117,7 +118,7 @@ ARROWS = {
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
         "mcf.allocator", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
-        "mcf.plan", "mcf.step", "mcf.weights",
+        "mcf.plan", "mcf.precision", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip
 NEVER = {"torchvision", "timm", "transformers"}

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mcf import cli, distributed
+from mcf import cli, distributed, precision
 from mcf.bench import parts, programs, trace
 from mcf.bench.apart import Apart, Taken, take
 from mcf.bench.meter import machine_name, peak_memory, reset_peak
@@ -50,7 +50,9 @@ class StepConfig(Section):
 
     part: Literal["step"] = Field("step", description="which benchmark")
     batch: Positive = Field(8, description="images a step; no accumulation")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the matrix work")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16", description="precision of the matrix work; auto: the faster one here"
+    )
     steps: Positive = Field(5, description="timed steps")
     warmup: NonNegative = Field(1, description="steps before the clock starts")
     threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
@@ -112,10 +114,11 @@ def main(argv: list[str]) -> int:
     recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
     if config.compare == "reference":
         _comparable(recipe)
-    recipe = sized(recipe, batch=config.batch, precision=config.precision)
     if config.threads:
         torch.set_num_threads(config.threads)
     world = distributed.join()
+    chosen = precision.choose(world.device) if config.precision == "auto" else config.precision
+    recipe = sized(recipe, batch=config.batch, precision=chosen)
     contestants = prepare(
         recipe, world, compare=config.compare == "reference", watched=config.parts or config.profile is not None
     )
@@ -195,7 +198,7 @@ def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, de
         # Of neighbours in time, which a machine shared with others slows alike.
         ratio = statistics.median(b / a for a, b in zip(contestants[0].seconds, contestants[1].seconds))
     result = {
-        "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": config.precision,
+        "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": recipe.train.precision,
         "zero_stage": recipe.train.zero_stage,
         "device": machine_name(device), "threads": torch.get_num_threads(), "steps": config.steps,
         "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
