@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import allocator, checkpoint, cli, distributed, precision, startup, state
+from mcf import checkpoint, cli, distributed, memory, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
@@ -272,7 +272,7 @@ def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSig
     """Train from where the run stands until it is done or told to stop; whether it is to be started again. Collective."""
     distributed.set_threads(world, recipe.train.threads)
     if recipe.speed.keep_memory and world.device.type == "cpu":
-        allocator.keep_freed_memory()
+        memory.keep_freed_memory()
     level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if world.size != recipe.world_size:

@@ -67,7 +67,7 @@ ARROWS = {
     "mcf.pack": {
         "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.slurm",
     },
-    "mcf.allocator": set(),
+    "mcf.memory": set(),
     "mcf.precision": set(),
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
@@ -93,7 +93,7 @@ ARROWS = {
     "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
     "mcf.train": {
-        "mcf.allocator", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.memory",
         "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
@@ -117,7 +117,7 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.allocator", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
+        "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.memory", "mcf.models", "mcf.pack",
         "mcf.plan", "mcf.precision", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip

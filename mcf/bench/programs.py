@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mcf import allocator, kernels
+from mcf import kernels, memory
 from mcf.bench.plain import PlainMCF
 from mcf.config import Recipe
 from mcf.data.loader import Batch
@@ -31,7 +31,7 @@ Program = Callable[[int], dict[str, float]]
 def ours(recipe: Recipe, world: World) -> tuple[Step, Program]:
     """The step that `mcf.train` runs, set up as it sets it up."""
     if recipe.speed.keep_memory and world.device.type == "cpu":
-        allocator.keep_freed_memory()
+        memory.keep_freed_memory()
     step = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), _teacher(recipe), world)
     batch = _batches(recipe, world)
 

@@ -11,13 +11,13 @@ import sys
 
 import pytest
 
-from mcf import allocator
+from mcf import memory
 
 # Tensors of 40 to 44 MB, the same in each round, as in each step; glibc by itself maps and unmaps them.
 PROGRAM = """
 import json, resource, sys
 import torch
-from mcf.allocator import keep_freed_memory
+from mcf.memory import keep_freed_memory
 torch.set_num_threads(1)
 told = keep_freed_memory() if sys.argv[1] == "keep" else None
 faults, resident = [], []
@@ -51,8 +51,8 @@ def test_memory_that_is_freed_is_used_again():
 
 
 def test_where_there_is_no_glibc_nothing_is_told(monkeypatch):
-    monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert not allocator.keep_freed_memory()
-    monkeypatch.setattr(allocator.sys, "platform", "linux")
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: object())  # musl has neither function
-    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert not memory.keep_freed_memory()
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())  # musl has neither function
+    assert not memory.keep_freed_memory()
