@@ -11,6 +11,7 @@ for every optimiser step, from where the newest whole checkpoint stands
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -96,6 +97,7 @@ class Training:
         Raises UserError if that last save fails: it is the outcome of the run.
         """
         recipe, plan, progress = self.recipe, self.plan, self.progress
+        first = progress.step + 1
         last = min(plan.steps, progress.step + (recipe.train.stop_after or plan.steps))
         batches = self.meters.timed(iter(self.loader))
         with Tracker(
@@ -123,6 +125,8 @@ class Training:
                 if not outcome.applied:
                     progress.bad_steps += 1
                     tracker.event("bad_step", step=progress.step, grad_norm=outcome.grad_norm)
+                if progress.step == first:
+                    memory.leave_out_of_collections()
                 self.guard.observe(progress.step, outcome.applied, outcome.keys, {"grad_norm": outcome.grad_norm})
 
                 told = distributed.any_rank(stop.received)
@@ -145,6 +149,7 @@ class Training:
             tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
             tracker.close("finished" if done else "stopped")
         self.loader.close()
+        gc.unfreeze()
         return done
 
     def _due(self, every: int) -> bool:

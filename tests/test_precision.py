@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
-from mcf import checkpoint, distributed, precision, state
+from mcf import checkpoint, precision, state
 from mcf.config import Recipe
 from mcf.errors import UserError
 from mcf.step import Step
@@ -50,16 +48,6 @@ def test_what_is_measured_is_a_product_in_each(monkeypatch):
     assert seconds[torch.bfloat16] > 2 * seconds[torch.float32] > 0
     assert [dtype for dtype, *_ in seen] == [torch.float32, torch.bfloat16] * precision.REPEATS
     assert {tuple(shapes) for _, *shapes in seen} == {((64, 64), (128, 64))}
-
-
-@pytest.fixture
-def world() -> Iterator[distributed.World]:
-    before, threads = dict(os.environ), torch.get_num_threads()
-    yield distributed.join()
-    distributed.leave()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_a_run_keeps_what_it_began_with(world, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,20 +28,6 @@ from mcf.train import Training
 from mcf.weights import load_teacher
 
 BATCH, MICRO, SAMPLES = 8, 4, 120
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[distributed.World]:
-    """A world of one, and afterwards the environment as it was: other tests start processes."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    torch.set_num_threads(1)
-    yield distributed.join()
-    distributed.leave()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def build(world: distributed.World, **overrides) -> Step:

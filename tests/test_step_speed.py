@@ -3,7 +3,10 @@ twice; nothing waits for the device; memory does not grow."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import tiny
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcf import distributed
+from mcf import distributed, memory
 from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.models import Teacher, regional
@@ -24,19 +28,6 @@ from mcf.weights import load_teacher
 
 BATCH, MICRO = 8, 4
 PARTS = ("encoder", "decoder", "teacher")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[distributed.World]:
-    before, threads = dict(os.environ), torch.get_num_threads()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    torch.set_num_threads(1)
-    yield distributed.join()
-    distributed.leave()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def build(world: distributed.World, **overrides) -> Step:
@@ -186,3 +177,141 @@ def test_a_stream_in_bfloat16_moves_features_by_a_few_roundings():
     cosine = float((moved * gradient).sum() / moved.norm() / gradient.norm())
     assert cosine > 0.999, cosine
     assert all(f.dtype == torch.bfloat16 for f in teacher().to_stream(torch.bfloat16).features(images))
+
+
+# ------------------------------------------------------------------------------------------- no hidden stalls
+
+
+class Syncs(TorchDispatchMode):
+    """Where a tensor's values decide what the host does next: on a GPU it would wait for all that was queued."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1]
+        )
+        if name.startswith(self.WAITING) or by_mask:
+            self.found.append(name)
+        return function(*arguments, **(named or {}))
+
+
+WAYS: dict[str, dict] = {
+    "plain": {},
+    "a group, bf16": {"contrast__scope": "group", "contrast__group_size": 2, "train__precision": "bf16"},
+    "the whole step": {"contrast__scope": "step", "momentum__update": "step", "loss__pixel": 1.0},
+    "synchronised": {"model__projection__batch_norm": "synchronised"},
+    "recomputed": {"speed__recompute": list(PARTS), "mask__momentum": "none"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_in_a_step_waits_for_the_device(world, way, monkeypatch):
+    # So that a synchronised BatchNorm does what it does among several.
+    monkeypatch.setattr("mcf.models.heads._ranks", lambda: 2)
+    step = build(world, **WAYS[way])
+    run(step, 1)
+    taken = list(batches(1, world.device))
+    with Syncs() as syncs:
+        outcome = step(1, iter(taken))
+    assert outcome.applied
+    assert syncs.found == []
+
+
+@pytest.mark.parametrize("spoil", [Tensor.item, Tensor.nonzero, lambda t: t[t > 0], bool, lambda t: torch.equal(t, t)])
+def test_a_wait_in_a_step_is_found(world, spoil):
+    step = build(world)
+
+    def wait(_module, _inputs, out):
+        spoil(out["total"].detach())
+
+    step.objective.register_forward_hook(wait)
+    with Syncs() as syncs:
+        step(0, batches(0, world.device))
+    assert len(syncs.found) >= 2, "one a micro-batch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gpu_is_waited_for_once_a_step(world, way, monkeypatch):
+    """For the verdict whether the step is finite, and for nothing else: torch itself refuses to wait."""
+    step = build(world, **WAYS[way])
+    run(step, 2)
+    taken = list(batches(2, world.device))
+    verdicts = []
+    tolist = Tensor.tolist
+
+    def verdict(tensor: Tensor):
+        verdicts.append(tensor.shape)
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return tolist(tensor)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(Tensor, "tolist", verdict)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = step(2, iter(taken))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcome.applied and verdicts == [(2,)]
+
+
+STEPS = """
+import gc, json, resource, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import test_step_speed as here
+from mcf import distributed, memory
+memory.keep_freed_memory()
+torch.set_num_threads(1)
+world = distributed.join()
+step = here.build(world)
+found = []
+for number in range(60):
+    step(number % 20, here.batches(number, world.device))
+    if number == 0:
+        memory.leave_out_of_collections()
+    if number in (14, 59):
+        gc.collect()
+        resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        found.append([sum(isinstance(o, torch.Tensor) for o in gc.get_objects()), resident])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_fifty_steps_hold_no_more_memory_than_ten():
+    """As `mcf.train` has it: freed memory kept, and objects that stay left out of collections."""
+    command = [sys.executable, "-c", STEPS, str(Path(__file__).parent)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    (early, began), (late, ended) = json.loads(done.stdout.splitlines()[-1])
+    assert late == early, "tensors are left behind"
+    # The network's tensors are kilobytes: what a step allocates, kept of every tenth, would be 2 MB after fifty.
+    assert ended - began < 1e6, (began, ended)
+
+
+def test_what_stays_is_left_out_of_collections():
+    import gc
+
+    gc.unfreeze()
+    before = gc.get_freeze_count()
+    cycle: list = []
+    cycle.append(cycle)
+    identity, cycle = id(cycle), []
+    try:
+        memory.leave_out_of_collections()
+        assert gc.get_freeze_count() > before + 100_000, "torch alone is more"
+        assert not any(id(o) == identity and o == [o] for o in gc.get_objects()), "garbage was frozen"
+        assert len(gc.get_objects()) < 10_000
+    finally:
+        gc.unfreeze()

@@ -37,6 +37,8 @@ def ours(recipe: Recipe, world: World) -> tuple[Step, Program]:
 
     def take(index: int) -> dict[str, float]:
         terms = step(index, iter([batch(index)])).terms[0]
+        if index == 0:
+            memory.leave_out_of_collections()
         return {name: float(terms[name]) for name in (*LOSSES, "total") if name in terms}
 
     return step, take
