@@ -30,6 +30,13 @@ class Taken:
     cpu_seconds: float
 
 
+@dataclass(frozen=True)
+class Failed:
+    """What a process answers when it cannot go on."""
+
+    why: str
+
+
 def take(program: programs.Program, index: int, device: torch.device) -> Taken:
     """Take a step, on the clock."""
     start, cpu = now(device), time.process_time()
@@ -41,7 +48,7 @@ class Apart:
     """A program in its own process, started at once: `step(index)`, `peak()`, `close()`.
 
     Raises:
-        UserError: the process has ended by itself, which memory that did not suffice may do.
+        UserError: what the program is refused for, or that the process has ended, as it does where memory fails.
     """
 
     def __init__(self, name: Literal["mcf", "reference"], recipe: Recipe, threads: int):
@@ -60,6 +67,10 @@ class Apart:
         """The most bytes that it held since its first step."""
         return self._ask("peak", None)
 
+    def gradients(self) -> bytes:
+        """The first step's gradients, float32 one after the other, of a program of `mcf`."""
+        return self._ask("gradients", None)
+
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
@@ -68,7 +79,10 @@ class Apart:
     def _ask(self, what: str, index: int | None) -> Any:
         try:
             self._pipe.send((what, index))
-            return self._pipe.recv()
+            answer = self._pipe.recv()
+            if isinstance(answer, Failed):
+                raise UserError(answer.why)
+            return answer
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
             raise UserError(
@@ -80,12 +94,31 @@ class Apart:
 def _serve(pipe: Connection, name: str, recipe: Recipe, threads: int) -> None:
     """What the process does: build the program, then what it is asked for, until nobody asks any more."""
     torch.set_num_threads(threads)
+    try:
+        _answer(pipe, name, recipe)
+    except EOFError:
+        return
+    except Exception as error:
+        # Who asks next is told why; what is a mistake of the program has its traceback on stderr.
+        pipe.send(
+            Failed(f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+        )
+        if not isinstance(error, (UserError, torch.OutOfMemoryError)):
+            raise
+
+
+def _answer(pipe: Connection, name: str, recipe: Recipe) -> None:
     world = distributed.join()
-    program = programs.ours(recipe, world)[1] if name == "mcf" else programs.reference(recipe, world)
+    gradients: list[bytes] = []
+    if name == "mcf":
+        step, program = programs.ours(recipe, world)
+        programs.keep_first_gradients(step, gradients)
+    else:
+        program = programs.reference(recipe, world)
     reset_peak(world.device)
     while True:
-        try:
-            what, index = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(take(program, index, world.device) if what == "step" else peak_memory(world.device))
+        what, index = pipe.recv()
+        if what == "step":
+            pipe.send(take(program, index, world.device))
+        else:
+            pipe.send(peak_memory(world.device) if what == "peak" else gradients[0])

@@ -44,6 +44,19 @@ def ours(recipe: Recipe, world: World) -> tuple[Step, Program]:
     return step, take
 
 
+def keep_first_gradients(step: Step, kept: list[bytes]) -> None:
+    """Have the next step put its gradients there: float32 of all parameters, one after the other."""
+    apply = step.engine.step
+
+    def first(*arguments: Any, **named: Any) -> Any:
+        if not kept:
+            parts = [p.grad.flatten().cpu() for p in step.engine.module.parameters() if p.grad is not None]
+            kept.append(torch.cat(parts).numpy().tobytes())
+        return apply(*arguments, **named)
+
+    step.engine.step = first  # type: ignore[method-assign]
+
+
 def reference(recipe: Recipe, world: World) -> Program:
     """The released code's way (`mcf.bench.plain`), from the weights that `ours` starts from."""
     teacher, patches = recipe.teacher, recipe.model.patches
