@@ -46,9 +46,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, implementation: str = "auto") -> 
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def resolve(implementation: str, device: str, dtype: torch.dtype) -> str:
     """Which implementation computes attention on a kind of device ("cpu", "cuda"): xformers, sdpa or math."""
+    # torch.compile calls this while it traces, so that compiled attention is in the log too. The cache stands behind it,
+    # since tracing looks through one.
+    return _resolve(implementation, device, dtype)
+
+
+@cache
+def _resolve(implementation: str, device: str, dtype: torch.dtype) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention={implementation}: unknown; one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "xformers" and device != "cuda":
@@ -60,8 +67,13 @@ def resolve(implementation: str, device: str, dtype: torch.dtype) -> str:
         chosen, why = _best(device, dtype)
     elif implementation == "xformers":
         _xformers()
-    log.info("attention on %s in %s: %s (%s)", device, str(dtype).removeprefix("torch."), chosen, why)
+    _say(device, dtype, chosen, why)
     return chosen
+
+
+@cache
+def _say(device: str, dtype: torch.dtype, chosen: str, why: str) -> None:
+    log.info("attention on %s in %s: %s (%s)", device, str(dtype).removeprefix("torch."), chosen, why)
 
 
 def _best(device: str, dtype: torch.dtype) -> tuple[str, str]:

@@ -122,6 +122,11 @@ class TeacherConfig(Section):
     taps: tuple[NonNegative, ...] = Field(
         (2, 5, 8, 11), description="blocks whose outputs are compared, counted from 0"
     )
+    stream: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="type of what flows between its blocks where train.precision is bf16: in bfloat16 every sum of a block "
+        "is rounded too (docs/performance.md has the error)",
+    )
     heads: Positive = Field(12, description="attention heads (no file states them)")
     width: Positive = Field(768, description="width of a random teacher; files bring their own")
     depth: Positive = Field(12, description="blocks of a random teacher; files bring their own")
@@ -221,14 +226,37 @@ class TrainConfig(Section):
         None,
         description="end this launch after so many further steps, as if it had been told to stop; the schedule stays",
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="precision of the matrix work; state is always float32"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16",
+        description="precision of the matrix work; state is always float32. auto is the faster one of the machine that the "
+        "run starts on, measured, and stays when the run goes on elsewhere",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed's ZeRO stage")
     threads: Positive | None = Field(
         None, description="CPU threads of torch a rank; default: the cores of the rank's share"
     )
     log_every: Positive = Field(20, description="steps between two lines of metrics")
+
+
+class SpeedConfig(Section):
+    """What makes a step faster and leaves what it computes as it is, but for the order of sums."""
+
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="blocks: torch.compile makes one pass over memory of what lies between the matrix products of each "
+        "transformer block; a minute or two at the first step, and another order of sums. Under ZeRO-3 on several ranks the "
+        "teacher's alone",
+    )
+    recompute: tuple[Literal["encoder", "decoder", "teacher"], ...] = Field(
+        (),
+        description="parts whose blocks keep their inputs alone and are computed again in the backward pass: a third more "
+        "work of these parts, and a fraction of their memory; the numbers stay, to the bit",
+    )
+    keep_memory: bool = Field(
+        True,
+        description="on a CPU, keep the memory that tensors give back within the process (glibc), which then stays at its "
+        "highest mark",
+    )
 
 
 class CheckpointConfig(Section):
@@ -355,6 +383,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    speed: SpeedConfig = SpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

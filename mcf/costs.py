@@ -174,7 +174,7 @@ def estimate_times(recipe: Recipe, machine: Machine) -> Times:
     several nodes, a node's network.
     """
     ranks, stage = recipe.world_size, zero_stage(recipe)
-    peak = machine.flops.bf16 if recipe.train.precision == "bf16" else machine.flops.fp32
+    peak = machine.flops.bf16 if recipe.train.precision != "fp32" else machine.flops.fp32
     parameters = count_parameters(recipe)
     updates = recipe.batch // (ranks * recipe.local_batch) if recipe.momentum.update == "micro_batch" else 1
     # AdamW reads weight, gradient and two moments and writes all but the gradient; the average reads two and writes one.

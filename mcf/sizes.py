@@ -133,7 +133,7 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
     on). Stage 3 splits the momentum branch too.
     """
     p, ranks, stage = parameters.trained, recipe.world_size, zero_stage(recipe)
-    bf16 = recipe.train.precision == "bf16"
+    bf16 = recipe.train.precision != "fp32"
     split = split_size(recipe)
     weights = {0: 2 * p, 1: 2 * p, 2: p + p // ranks, 3: 2 * p // ranks + p - split}[stage] * FLOAT
     optimizer = {0: 2 * p, 1: 3 * p // ranks, 2: 3 * p // ranks, 3: 3 * p // ranks}[stage] * FLOAT
@@ -157,27 +157,37 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
 def _activations(recipe: Recipe) -> int:
     """Bytes that one sample's forward keeps for backward, with an attention that keeps no scores."""
     model, teacher = recipe.model, recipe.teacher
-    size = 2 if recipe.train.precision == "bf16" else FLOAT
+    size = 2 if recipe.train.precision != "fp32" else FLOAT
     visible = 1 + recipe.visible_patches
-    per_sample = visible * model.depth * model.width * _per_channel(size, model.mlp_ratio)
-    decoder = model.decoder
-    per_sample += (1 + model.patches) * decoder.depth * decoder.width * _per_channel(size, model.mlp_ratio)
+    decoder, again = model.decoder, recipe.speed.recompute
+    # (part, tokens · width, blocks, bytes that one keeps a token and channel, bytes of its input)
+    parts = [
+        ("encoder", visible * model.width, model.depth, _per_channel(size, model.mlp_ratio), FLOAT),
+        ("decoder", (1 + model.patches) * decoder.width, decoder.depth, _per_channel(size, model.mlp_ratio), FLOAT),
+    ]
+    per_sample = 0.0
     if recipe.loss.pixel:
         # What the pseudo image misses, squared in the loss.
         per_sample += model.patches * model.patch_size**2 * 3 * FLOAT
     if recipe.loss.feature:
         tokens = 1 + (model.image_size // teacher.patch_size) ** 2
         deepest = min(teacher.depth, max(teacher.taps) + 1)
-        per_sample += tokens * deepest * teacher.width * _per_channel(size, 4.0, frozen=True)
+        stream = size if teacher.stream == "bfloat16" else FLOAT
+        parts.append(
+            ("teacher", tokens * teacher.width, deepest, _per_channel(size, 4.0, frozen=True, stream=stream), stream)
+        )
         # Features of image and pseudo image, and their normalised copies.
-        per_sample += 4 * tokens * len(teacher.taps) * teacher.width * FLOAT
+        per_sample += 4 * tokens * len(teacher.taps) * teacher.width * stream
+    per_sample += sum(n * depth * (own if name in again else kept) for name, n, depth, kept, own in parts)
+    # Of the blocks that are computed again, one at a time is whole.
+    per_sample += max((n * kept for name, n, _, kept, _ in parts if name in again), default=0)
     return int(per_sample)
 
 
-def _per_channel(size: int, mlp_ratio: float, frozen: bool = False) -> float:
-    """Bytes a block keeps per token and channel: inputs of two norms in float32, q, k, v and the attention's output,
-    the GELU's input; with trained weights also the inputs of the four matrix products."""
-    kept = 2 * FLOAT + 4 * size + mlp_ratio * size
+def _per_channel(size: int, mlp_ratio: float, frozen: bool = False, stream: int = FLOAT) -> float:
+    """Bytes a block keeps per token and channel: inputs of two norms in the stream's type, q, k, v and the attention's
+    output, the GELU's input; with trained weights also the inputs of the four matrix products."""
+    kept = 2 * stream + 4 * size + mlp_ratio * size
     if not frozen:
         # The attention's output is its product's input already; fc2's is the GELU's output.
         kept += 2 * size + mlp_ratio * size

@@ -34,7 +34,7 @@ FORMAT = 1
 _FREE = (
     "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
     "data.samples", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
-    "train.zero_stage", "train.threads", "train.log_every", "checkpoint", "guard", "watchdog",
+    "train.zero_stage", "train.threads", "train.log_every", "speed", "checkpoint", "guard", "watchdog",
     "track", "probe", "slurm",
 )  # fmt: skip
 
@@ -132,6 +132,11 @@ def check_same_run(folder: Path, recipe: Recipe, data: str) -> Progress:
             f"{data}); give the old data.path to go on, or start under another name=…"
         )
     return progress
+
+
+def saved_precision(folder: Path) -> str:
+    """The precision that a checkpoint's run computes in: what `train.precision: auto` has become."""
+    return read_progress(folder)[1]["train"]["precision"]
 
 
 def check_same_teacher(progress: Progress, teacher: str, recipe: Recipe) -> None:

@@ -13,12 +13,13 @@ can be held against the whole effective batch, and accumulation changes nothing 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcf import distributed, kernels, schedule
 from mcf.config import Recipe
@@ -27,10 +28,13 @@ from mcf.distributed import World
 from mcf.engine import Engine
 from mcf.errors import UserError
 from mcf.kernels.dispatch import unavailable
-from mcf.models.mcf import Objective, build_student, dropped
+from mcf.models.mcf import MCF, Objective, build_student, dropped
 from mcf.models.momentum import MomentumBranch
+from mcf.models.regional import compile_blocks, recompute_blocks
 from mcf.models.teacher import Teacher
 from mcf.plan import Plan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -66,6 +70,8 @@ class Step:
     ):
         if recipe.kernels == "triton" and (why := unavailable(world.device)):
             raise UserError(f"kernels=triton: {why}; use kernels=auto")
+        if recipe.train.precision == "auto":
+            raise ValueError("train.precision=auto: mcf.precision.choose has to say first which it is")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
         self.masks = Masks(recipe)
         student = build_student(recipe)
@@ -78,6 +84,24 @@ class Step:
         self.engine = Engine(student, recipe, accumulation=plan.accumulation, world=world)
         if self.engine.splits_parameters:
             self.momentum.split(world.rank, world.size)
+        self._quicken(student)
+
+    def _quicken(self, student: MCF) -> None:
+        """Compile and recompute blocks as the recipe says."""
+        parts: dict[str, nn.Module | None] = {
+            "encoder": student.encoder, "decoder": student.decoder, "teacher": self.objective.teacher
+        }  # fmt: skip
+        speed = self.recipe.speed
+        recompute_blocks(*(part for name, part in parts.items() if part is not None and name in speed.recompute))
+        if speed.compile == "none":
+            return
+        if self.engine.splits_parameters:
+            # Their weights come and go around each layer, which a compiled block knows nothing of.
+            log.info("speed.compile=blocks: under ZeRO-3 the teacher's alone")
+            parts = {"teacher": self.objective.teacher}
+        else:
+            parts["momentum"] = self.momentum
+        compile_blocks(*(part for part in parts.values() if part is not None))
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
         """Step number `step` (from 0) on the next micro-batches. Collective."""

@@ -11,13 +11,14 @@ for every optimiser step, from where the newest whole checkpoint stands
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import sys
 import time
 from pathlib import Path
 
-from mcf import checkpoint, cli, distributed, startup, state
+from mcf import checkpoint, cli, distributed, memory, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
@@ -43,7 +44,7 @@ class Training:
     """One run on one rank: its parts, put together and brought to where the run stands."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
-        self.recipe, self.run_dir, self.world, self.mark = recipe, run_dir, world, mark
+        self.run_dir, self.world, self.mark = run_dir, world, mark
         mark("reading data")
         startup.check_same_everywhere(world, recipe.data.path or "")
         self.manifest = distributed.from_main(lambda: load_manifest(recipe.data.path or ""))
@@ -51,6 +52,7 @@ class Training:
         self.progress = state.Progress(data=self.manifest.fingerprint)
         mark("reading checkpoint")
         found = self._newest_checkpoint()
+        self.recipe = recipe = self._resolved(recipe, found)
         if found is not None:
             # Before anything is built: a checkpoint of another run is refused at once.
             fingerprint = self.manifest.fingerprint
@@ -95,6 +97,7 @@ class Training:
         Raises UserError if that last save fails: it is the outcome of the run.
         """
         recipe, plan, progress = self.recipe, self.plan, self.progress
+        first = progress.step + 1
         last = min(plan.steps, progress.step + (recipe.train.stop_after or plan.steps))
         batches = self.meters.timed(iter(self.loader))
         with Tracker(
@@ -122,6 +125,8 @@ class Training:
                 if not outcome.applied:
                     progress.bad_steps += 1
                     tracker.event("bad_step", step=progress.step, grad_norm=outcome.grad_norm)
+                if progress.step == first:
+                    memory.leave_out_of_collections()
                 self.guard.observe(progress.step, outcome.applied, outcome.keys, {"grad_norm": outcome.grad_norm})
 
                 told = distributed.any_rank(stop.received)
@@ -144,10 +149,22 @@ class Training:
             tracker.event("finished" if done else "stopped", step=progress.step, mlflow=tracker.how_to_open or "off")
             tracker.close("finished" if done else "stopped")
         self.loader.close()
+        gc.unfreeze()
         return done
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0
+
+    def _resolved(self, recipe: Recipe, found: Path | None) -> Recipe:
+        """The recipe with `train.precision: auto` made one: the checkpoint's, or what rank 0 finds faster. Collective."""
+        if recipe.train.precision != "auto":
+            return recipe
+
+        def chosen() -> str:
+            return precision.choose(self.world.device) if found is None else state.saved_precision(found)
+
+        train = recipe.train.model_copy(update={"precision": distributed.from_main(chosen)})
+        return recipe.model_copy(update={"train": train})
 
     def _teacher(self) -> Teacher | None:
         """The teacher, whose file rank 0 reads for all. Collective."""
@@ -259,6 +276,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:
     """Train from where the run stands until it is done or told to stop; whether it is to be started again. Collective."""
     distributed.set_threads(world, recipe.train.threads)
+    if recipe.speed.keep_memory and world.device.type == "cpu":
+        memory.keep_freed_memory()
     level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if world.size != recipe.world_size:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mcf import distributed
 
 # Before anything imports them: DeepSpeed picks its accelerator, MLflow and DALI speak, at import.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -55,3 +60,21 @@ def shared_data() -> Path:
 def golden_dir() -> Path:
     """One step of the reference as numbers: ../shared/golden."""
     return _beside("golden")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[distributed.World]:
+    """A world of one on one thread, and afterwards the environment as it was: other tests start processes.
+
+    The group stays: DeepSpeed remembers the first one of a process.
+    """
+    from mcf import distributed
+
+    before, threads = dict(os.environ), torch.get_num_threads()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    torch.set_num_threads(1)
+    yield distributed.join()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)

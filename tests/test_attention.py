@@ -12,9 +12,11 @@ from mcf.errors import UserError
 
 @pytest.fixture(autouse=True)
 def fresh():
-    attention.resolve.cache_clear()
+    for function in (attention._resolve, attention._say):
+        function.cache_clear()
     yield
-    attention.resolve.cache_clear()
+    for function in (attention._resolve, attention._say):
+        function.cache_clear()
 
 
 def formula(q, k, v):

@@ -68,6 +68,8 @@ ARROWS = {
         "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali",
         "mcf.data.encoding", "mcf.data.ustar", "mcf.slurm",
     },
+    "mcf.memory": set(),
+    "mcf.precision": set(),
     "mcf.attention": {"mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
@@ -92,8 +94,8 @@ ARROWS = {
     "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
     "mcf.train": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard",
-        "mcf.meters", "mcf.models", "mcf.plan", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.memory",
+        "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
@@ -116,8 +118,8 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.pack",
-        "mcf.plan", "mcf.step", "mcf.weights",
+        "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.memory", "mcf.models", "mcf.pack",
+        "mcf.plan", "mcf.precision", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip
 NEVER = {"torchvision", "timm", "transformers"}

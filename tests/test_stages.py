@@ -86,6 +86,18 @@ def test_all_stages_have_the_same_losses_over_twenty_steps(tmp_path):
     assert any(name.startswith("momentum.encoder.blocks") for name in expected["state"])
 
 
+def test_blocks_that_are_compiled_or_computed_again_under_stages_that_split(tmp_path):
+    """Stage 3 takes the weights away between a block's passes, and gives them back for what is computed again."""
+    seen = start(tmp_path, 2, "quick")
+    for stage in (1, 3):
+        for rank in range(2):
+            told = {way: seen[rank][stage, way] for way in ("plain", "again", "both")}
+            assert told["again"] == told["plain"]
+            # The same operations of autograd's formulas for LayerNorm and GELU in another order: some roundings.
+            for ours, theirs in zip(told["both"], told["plain"], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5), stage
+
+
 def test_a_refused_step_changes_nothing_under_any_stage(tmp_path):
     """Momentum branch included, which had moved before each of two micro-batches, on whole parameters or on pieces."""
     for rank, seen in enumerate(start(tmp_path, 2, "refused")):

@@ -1,4 +1,4 @@
-"""`python -m mcf.bench part=loader|pack|step|fed key=value …`: hands over to the part's module, which has its own keys."""
+"""`python -m mcf.bench part=loader|pack|step|levers|fed key=value …`: hands over to the part's module, which has its own keys."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ PARTS = {
     "loader": "images/s of the data's way, beside plain loops",
     "pack": "images/s of cutting faces out of tars",
     "step": "images/s of the training step",
+    "levers": "what each lever of the step's speed is worth, alone and together",
     "fed": "what the training step loses to the loader that feeds it",
 }
 

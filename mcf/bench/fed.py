@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 
 from mcf import cli, distributed
-from mcf.bench.meter import machine_name, settle
-from mcf.bench.step import DEFAULT_RECIPE, now, sized
+from mcf.bench.meter import machine_name, now, settle
+from mcf.bench.step import DEFAULT_RECIPE, sized
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.data.loader import Batch, Loader
 from mcf.distributed import World

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 import time
@@ -53,6 +54,33 @@ def memory() -> int:
 def spread(values: list[float]) -> list[float]:
     """20th, 50th and 80th percentile."""
     return [round(float(v), 1) for v in np.percentile(values, [20, 50, 80])]
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Have `peak_memory` count from here on, where the system can be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (marks := Path("/proc/self/clear_refs")).exists():
+        with contextlib.suppress(OSError):
+            marks.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were held: the GPU's by this process, or the process's own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage's: a process that another one has started begins at that one's mark.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    marks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return marks[0] if marks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def machine_name(device: torch.device) -> str:

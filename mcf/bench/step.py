@@ -3,42 +3,36 @@
     images uint8 ──► masks ──► momentum branch ──► student ──► teacher twice ──► losses ──► backward ──► AdamW ──► EMA
 
 The step is the one that `mcf.train` runs, on one rank, through DeepSpeed, and without accumulation. Images are noise and
-the teacher of the recipe's shape is random: numbers do not change the time of a step. With `compare=reference` both programs start from the same weights, see the same images and masks, and take turns
-step by step, so that a machine that slows down slows both. The losses of their first step must be equal, or the times
-mean nothing and the status is 1.
+the teacher of the recipe's shape is random: numbers do not change the time of a step. With `compare=reference` both
+programs start from the same weights, see the same images and masks, and take turns step by step, so that a machine that
+slows down slows both. The reference's is in a process of its own, which is as its user has it: nothing that ours tells
+its process (`speed.keep_memory`) is told there. The losses of their first step must be equal, or the times mean nothing
+and the status is 1.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from mcf import cli, distributed, kernels
-from mcf.bench import parts, trace
-from mcf.bench.meter import machine_name
-from mcf.bench.plain import PlainMCF
+from mcf import cli, distributed, precision
+from mcf.bench import parts, programs, trace
+from mcf.bench.apart import Apart, Taken, take
+from mcf.bench.meter import machine_name, peak_memory, reset_peak
+from mcf.bench.programs import Program
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.costs import count_flops
-from mcf.data.loader import Batch
 from mcf.distributed import World
 from mcf.errors import UserError
-from mcf.models.patches import normalise
-from mcf.plan import make_plan
-from mcf.step import Step
-from mcf.weights import load_teacher
-from mcf.weights.reference import to_reference
 
 # Largest relative difference of the first losses. In float32 the two programs sum in other orders: 1e-7 was seen for
 # ViT-B, and a wrong mask, weight or normalisation moves a loss by more than 1e-2. In bf16 every matrix product rounds
@@ -49,7 +43,6 @@ TOLERANCE = {
     "bf16": {"feature": 5e-3, "contrast": 3e-2, "total": 5e-3},
 }
 DEFAULT_RECIPE = "vit_b_20m"
-LOSSES = ("feature", "contrast")
 
 
 class StepConfig(Section):
@@ -57,7 +50,9 @@ class StepConfig(Section):
 
     part: Literal["step"] = Field("step", description="which benchmark")
     batch: Positive = Field(8, description="images a step; no accumulation")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the matrix work")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16", description="precision of the matrix work; auto: the faster one here"
+    )
     steps: Positive = Field(5, description="timed steps")
     warmup: NonNegative = Field(1, description="steps before the clock starts")
     threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
@@ -69,32 +64,46 @@ class StepConfig(Section):
 
 @dataclass
 class Contestant:
-    """A program of the step: `step(index)` takes one, and gives its unweighted losses and `total`.
+    """A program of the step, here or in a process of its own, and the timed steps that it took.
 
-    clock: its stopwatch if its parts are timed; parts: what that showed at each timed step.
+    losses: of all its steps. clock: its stopwatch if its parts are timed; parts: what that showed at each timed step.
     """
 
     name: str
-    step: Callable[[int], dict[str, float]]
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
+    program: Program | Apart
+    taken: list[Taken] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)
     clock: parts.Stopwatch | None = None
     parts: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def seconds(self) -> list[float]:
+        """Of the timed steps."""
+        return [taken.seconds for taken in self.taken]
+
     def run(self, index: int, device: torch.device, *, timed: bool) -> None:
         """One step, on the clock or not."""
-        start, cpu = now(device), time.process_time()
         if self.clock:
             self.clock.start()
-        losses = self.step(index)
+        taken = self.step(index, device)
         if self.clock and timed:
             self.parts.append(self.clock.stop())
-        seconds, cpu_seconds = now(device) - start, time.process_time() - cpu
-        self.losses.append(losses)
+        self.losses.append(taken.losses)
         if timed:
-            self.seconds.append(seconds)
-            self.cpu_seconds.append(cpu_seconds)
+            self.taken.append(taken)
+
+    def step(self, index: int, device: torch.device) -> Taken:
+        """The step of a number, and what it took."""
+        return self.program.step(index) if isinstance(self.program, Apart) else take(self.program, index, device)
+
+    def peak(self, device: torch.device) -> int:
+        """The most bytes that it held since its first step."""
+        return self.program.peak() if isinstance(self.program, Apart) else peak_memory(device)
+
+    def close(self) -> None:
+        """End its process, if it has one."""
+        if isinstance(self.program, Apart):
+            self.program.close()
 
 
 @cli.main
@@ -105,23 +114,25 @@ def main(argv: list[str]) -> int:
     recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
     if config.compare == "reference":
         _comparable(recipe)
-    recipe = sized(recipe, batch=config.batch, precision=config.precision)
     if config.threads:
         torch.set_num_threads(config.threads)
     world = distributed.join()
+    chosen = precision.choose(world.device) if config.precision == "auto" else config.precision
+    recipe = sized(recipe, batch=config.batch, precision=chosen)
     contestants = prepare(
         recipe, world, compare=config.compare == "reference", watched=config.parts or config.profile is not None
     )
-    for index in range(config.warmup + config.steps):
-        # Each goes first in turn: what the first leaves in the caches helps or harms the other.
-        for contestant in contestants[:: 1 if index % 2 else -1]:
-            contestant.run(index, world.device, timed=index >= config.warmup)
-    result = report(contestants, recipe, config, world.device)
+    try:
+        race(contestants, world.device, warmup=config.warmup, steps=config.steps)
+        result = report(contestants, recipe, config, world.device)
+    finally:
+        for contestant in contestants:
+            contestant.close()
     print(table(result))
     if config.parts:
         print(parts.table(result["parts"], result["rates"], result["matmul_rate"]))
     if config.profile:
-        found = trace.record(lambda: contestants[0].step(config.warmup + config.steps), config.profile)
+        found = trace.record(lambda: contestants[0].step(config.warmup + config.steps, world.device), config.profile)
         result["launches"] = sum(found["launches"].values())
         print(trace.table(found))
         print(f"trace: {config.profile}")
@@ -135,67 +146,24 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(recipe: Recipe, world: World, *, compare: bool, watched: bool = False) -> list[Contestant]:
-    """Build the contestants (ours, then the reference's if it is to be compared) from the same weights and images.
+    """Build the contestants: ours, then the reference's if it is to be compared, in a process of its own.
 
     watched: ours has a stopwatch for its parts.
     """
-    size = recipe.model.image_size
-    generator = torch.Generator().manual_seed(recipe.seed)
-    images = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, generator=generator)
-
-    def batch(index: int) -> Batch:
-        positions = index * recipe.batch + torch.arange(recipe.batch, device=world.device)
-        return Batch(images.to(world.device), positions, [str(int(p)) for p in positions])
-
-    teacher = load_teacher(
-        recipe.teacher, image_size=size, attention=recipe.attention, kernels=recipe.kernels, seed=recipe.seed
-    )
-    frozen = {} if teacher is None else {name: tensor.clone() for name, tensor in teacher.vit.state_dict().items()}
-    ours = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), teacher, world)
-    clock = parts.watch(ours) if watched else None
-    contestants = [Contestant("mcf", lambda index: _ours(ours, index, batch(index)), clock=clock)]
+    step, program = programs.ours(recipe, world)
+    reset_peak(world.device)
+    contestants = [Contestant("mcf", program, clock=parts.watch(step) if watched else None)]
     if compare:
-        student = dict(ours.engine.module.state_dict()) | ours.engine.local_parameters()
-        weights = to_reference(student, ours.momentum.state_dict(), frozen)
-        contestants.append(_reference(recipe, world, weights, batch))
+        contestants.append(Contestant("reference", Apart("reference", recipe, torch.get_num_threads())))
     return contestants
 
 
-def _ours(step: Step, index: int, batch: Batch) -> dict[str, float]:
-    outcome = step(index, iter([batch]))
-    return {name: float(outcome.terms[0][name]) for name in (*LOSSES, "total") if name in outcome.terms[0]}
-
-
-def _reference(recipe: Recipe, world: World, weights: dict[str, Tensor], batch: Callable[[int], Batch]) -> Contestant:
-    teacher, patches = recipe.teacher, recipe.model.patches
-    grid = recipe.model.image_size // teacher.patch_size
-    model = PlainMCF(recipe, (grid**2, teacher.patch_size, teacher.width, teacher.depth, teacher.heads))
-    model.load_released(weights)
-    model = model.to(world.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.optimizer.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=1e-6, betas=recipe.optimizer.betas)
-    # Its data loader's workers normalise, so that is not in its step; ours does it inside.
-    pixels = normalise(batch(0).images).contiguous()
-
-    def step(index: int) -> dict[str, float]:
-        positions = batch(index).positions
-        # Noise of the same order gives the same masks.
-        noise, noise_target = (
-            kernels.mask(recipe.seed, positions, view, patches, model.keep)[1].float()
-            for view in (kernels.ENCODER, kernels.MOMENTUM)
-        )
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            losses = model(pixels, noise, noise_target)
-        losses["total"].backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        return {name: float(losses[name].detach()) for name in (*LOSSES, "total")}
-
-    return Contestant("reference", step)
+def race(contestants: list[Contestant], device: torch.device, *, warmup: int, steps: int) -> None:
+    """Have them take turns, step by step; the first `warmup` are not on the clock."""
+    for index in range(warmup + steps):
+        # Each goes first in turn: what the first leaves in the caches helps or harms the other.
+        for contestant in contestants[:: 1 if index % 2 else -1]:
+            contestant.run(index, device, timed=index >= warmup)
 
 
 def unequal(contestants: list[Contestant], precision: str) -> str:
@@ -215,24 +183,25 @@ def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, de
     """Numbers of the run: images/s from the median step of each, the ratio, machine and versions."""
     rows = {}
     for contestant in contestants:
-        median = statistics.median(contestant.seconds)
+        median, slow = (float(np.percentile(contestant.seconds, p)) for p in (50, 99))
         rows[contestant.name] = {
             "images_per_second": config.batch / median,
+            "p50": median, "p99": slow, "p99_to_p50": slow / median,
             "best": config.batch / min(contestant.seconds),
             "seconds": [round(s, 4) for s in contestant.seconds],
-            "cpu_seconds": statistics.median(contestant.cpu_seconds),
+            "cpu_seconds": statistics.median(taken.cpu_seconds for taken in contestant.taken),
+            "peak_memory": contestant.peak(device),
             "first_losses": contestant.losses[0],
-        }
+        }  # fmt: skip
     ratio = None
     if len(contestants) == 2:
         # Of neighbours in time, which a machine shared with others slows alike.
         ratio = statistics.median(b / a for a, b in zip(contestants[0].seconds, contestants[1].seconds))
     result = {
-        "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": config.precision,
+        "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": recipe.train.precision,
         "zero_stage": recipe.train.zero_stage,
         "device": machine_name(device), "threads": torch.get_num_threads(), "steps": config.steps,
         "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
-        "peak_memory": _peak_memory(device),
     }  # fmt: skip
     if config.parts:
         flops, seconds = count_flops(recipe), parts.medians(contestants[0].parts)
@@ -251,17 +220,20 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['recipe']}, batch {result['batch']}, {result['precision']}, {result['device']}, "
         f"{result['threads']} threads, torch {result['torch']}, Python {result['python']}",
-        f"{'':12}{'images/s':>10}{'best':>8}{'s/step':>9}{'CPU s/step':>12}{'first loss':>12}",
+        f"{'':12}{'images/s':>10}{'best':>8}{'s/step':>9}{'p99':>9}{'p99/p50':>9}{'CPU s/step':>12}{'MiB':>8}{'first loss':>12}",
     ]
     for name, row in result["rows"].items():
-        seconds = result["batch"] / row["images_per_second"]
         lines.append(
-            f"{name:12}{row['images_per_second']:10.2f}{row['best']:8.2f}{seconds:9.3f}{row['cpu_seconds']:12.3f}"
+            f"{name:12}{row['images_per_second']:10.2f}{row['best']:8.2f}{row['p50']:9.3f}{row['p99']:9.3f}"
+            f"{row['p99_to_p50']:9.2f}{row['cpu_seconds']:12.3f}{row['peak_memory'] / 2**20:8.0f}"
             f"{row['first_losses']['total']:12.5f}"
         )
-    lines.append(f"most memory held: {result['peak_memory'] / 2**20:.0f} MiB")
     if result["ratio"] is not None:
-        lines.append(f"mcf is {result['ratio']:.2f} times as fast (median over pairs of neighbouring steps)")
+        ours, theirs = (row["peak_memory"] for row in result["rows"].values())
+        lines.append(
+            f"mcf is {result['ratio']:.2f} times as fast (median over pairs of neighbouring steps), and holds "
+            f"{ours / theirs:.2f} times the memory"
+        )
     return "\n".join(lines)
 
 
@@ -290,20 +262,6 @@ def _comparable(recipe: Recipe) -> None:
             raise UserError(
                 f"compare=reference: recipe {recipe.name} departs from the reference in {key}; use compare=none"
             )
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes that were held: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -2,6 +2,16 @@
 
 from mcf.models.mcf import MCF, Objective, build_student, dropped
 from mcf.models.momentum import MomentumBranch
+from mcf.models.regional import compile_blocks, recompute_blocks
 from mcf.models.teacher import Teacher
 
-__all__ = ["MCF", "MomentumBranch", "Objective", "Teacher", "build_student", "dropped"]
+__all__ = [
+    "MCF",
+    "MomentumBranch",
+    "Objective",
+    "Teacher",
+    "build_student",
+    "compile_blocks",
+    "dropped",
+    "recompute_blocks",
+]

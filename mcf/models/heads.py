@@ -45,8 +45,9 @@ class BatchNorm(nn.BatchNorm1d):
         wide = x.double()
         sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_tensor([len(x)])])
         total, squares, count = _AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
-        samples = float(count.detach())
-        if samples < 2:
+        # A tensor still: to know its value, the host would have to wait for the device.
+        samples = count.detach()
+        if len(x) < 2 and float(samples) < 2:
             raise _too_few("all ranks together")
         mean = total / samples
         variance = (squares / samples - mean.square()).clamp(min=0)

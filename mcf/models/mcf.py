@@ -115,7 +115,8 @@ class Objective(nn.Module):
         self.autocast = recipe.train.precision == "bf16"
         self.teacher = teacher if recipe.loss.feature else None
         if self.teacher is not None and self.autocast:
-            self.teacher.to_autocast(torch.bfloat16)
+            cast = self.teacher.to_stream if recipe.teacher.stream == "bfloat16" else self.teacher.to_autocast
+            cast(torch.bfloat16)
 
     def forward(
         self, images: Tensor, pred: Tensor, q: Tensor, keys: Tensor, labels: Tensor, mask: Tensor

@@ -138,6 +138,6 @@ def _average(old: Sequence[Tensor], other: Sequence[Tensor], m: float, *, out: S
             torch._foreach_copy_(list(out), list(old))
         torch._foreach_lerp_(list(out), list(other), 1 - m)
         return
-    # On a CPU this form rounds as the reference's does, to the last bit.
+    # In one pass, where m·old + (1−m)·other would be three; an ulp of it apart.
     for before, towards, after in zip(old, other, out):
-        torch.mul(before, m, out=after).add_(towards * (1 - m))
+        torch.lerp(before, towards, 1 - m, out=after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class Teacher(nn.Module):
         self.vit = vit
         self.taps = tuple(taps)
         self.kernels = kernels
+        self._stream: torch.dtype | None = None
         self.requires_grad_(False)
         self.train()
 
@@ -71,13 +72,22 @@ class Teacher(nn.Module):
                 module.to(dtype)
         return self
 
+    def to_stream(self, dtype: torch.dtype) -> Teacher:
+        """Compute in one type throughout, the sums of the blocks and the position table too; autocast no longer matters.
+
+        Each block then adds two roundings of the stream to those that autocast makes.
+        """
+        self.vit.to(dtype)
+        self._stream = dtype
+        return self
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Outputs of the tapped blocks, each [B, 1+L, width], before the final norm.
 
         Args:
             images: uint8 [B, H, W, 3], or ImageNet-normalised float [B, 3, H, W]; gradients flow into the latter.
         """
-        return self.vit.features(images, self.taps)
+        return self._features(images)
 
     forward = features
 
@@ -98,8 +108,14 @@ class Teacher(nn.Module):
             losses.append(loss)
             return tokens
 
-        self.vit.features(images, self.taps, tap)
+        self._features(images, tap)
         return torch.stack(losses).sum()
+
+    def _features(self, images: Tensor, at_tap: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+        if self._stream is None:
+            return self.vit.features(images, self.taps, at_tap)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vit.features(images, self.taps, at_tap)
 
 
 def vit_of(

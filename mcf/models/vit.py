@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcf.attention import attention
 from mcf.kernels import patch_gather
@@ -67,7 +68,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, [B, N, width] → [B, N, width]."""
+    """One pre-norm transformer block, [B, N, width] → [B, N, width].
+
+    recompute: whether it keeps its input alone, and computes the rest again in the backward pass.
+    """
+
+    recompute = False
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, attention: str = "auto", *, clip: bool = False):
         super().__init__()
@@ -76,6 +82,13 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, round(width * mlp_ratio), clip)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Here, so that hooks and what is compiled are within what is repeated.
+        if self.recompute and x.requires_grad and torch.is_grad_enabled():
+            # Nothing in it is random: the generators' state need not be kept.
+            return checkpoint(super().__call__, x, use_reentrant=False, preserve_rng_state=False)
+        return super().__call__(x)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -95,7 +108,7 @@ class PatchEmbed(nn.Module):
         """Images (uint8 [B, H, W, 3], or normalised float [B, 3, H, W]) → tokens of the patches `ids` [B, K, width]."""
         kind = images.device.type
         # What autocast would round the patches to: they are written in that type, and never exist in float32.
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.proj.weight.dtype
         patches = patch_gather(images, ids, self.patch_size, MEAN, STD, dtype=dtype, implementation=self.kernels)
         return self.proj(patches)
 
@@ -110,7 +123,7 @@ class PatchProjection(nn.Module):
         nn.init.xavier_uniform_(self.weight.data.view(width, -1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        if patches.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if patches.device.type != "cpu" or patches.dtype != torch.float32:
             return F.linear(patches, self.weight.flatten(1), self.bias)
         # The same sum, as a convolution over an image that is one row of patches: in float32 on a CPU it is added up in
         # the order of a convolution over the whole image, and golden numbers (METHOD 3) depend on the last bit of it.

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mcf import cli
 from mcf.bench import step
+from mcf.bench.apart import Apart
 from mcf.bench.plain import PlainMCF
 from mcf.config import Recipe
+from mcf.errors import UserError
 from mcf.parity import one_ulp
 
 SMALL = [
@@ -86,6 +89,9 @@ def test_both_programs_take_the_same_steps(tmp_path, precision):
         assert len(row["seconds"]) == 3
         assert row["images_per_second"] == pytest.approx(4 / sorted(row["seconds"])[1], rel=1e-2)
         assert row["best"] >= row["images_per_second"]
+        assert row["p50"] == pytest.approx(sorted(row["seconds"])[1], rel=1e-2) and row["p99_to_p50"] >= 1
+        # Each process says what itself has held: a Python with torch, and a network of kilobytes.
+        assert 1e8 < row["peak_memory"] < 2e9
     assert result["batch"] == 4 and result["precision"] == precision and result["torch"] == torch.__version__
     assert "times as fast" in done.stdout and json.loads(done.stdout.strip().splitlines()[-1])["rows"]
 
@@ -94,6 +100,15 @@ def test_a_departure_from_the_reference_is_not_raced_against_it():
     done = _bench("loss.feature_axis=channels", "compare=reference")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "loss.feature_axis" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_process_that_is_killed_is_told_of_in_one_line():
+    recipe = step.sized(cli.load_recipe(["recipe=vit_b_20m", *SMALL]), batch=4, precision="fp32")
+    reference = Apart("reference", recipe, threads=1)
+    assert reference.step(0).losses["feature"] > 0
+    reference._process.kill()
+    with pytest.raises(UserError, match=r"^the process of reference has ended \(status -9\).*smaller batch$"):
+        reference.step(1)
 
 
 def test_unequal_losses_are_told():

@@ -129,7 +129,7 @@ def test_rates_are_counted_work_by_time():
 def test_a_trace_names_the_operations_of_each_part(world, tmp_path):
     contestant = _watched(world)
     path = tmp_path / "trace.json"
-    result = trace.record(lambda: contestant.step(2), str(path))
+    result = trace.record(lambda: contestant.step(2, world.device), str(path))
     events = json.loads(path.read_text())["traceEvents"]
     assert any(event.get("name") == parts.MARK + "decoder backward" for event in events)
     encoder, teacher = result["seconds"]["encoder"], result["seconds"]["teacher backward"]
@@ -140,4 +140,4 @@ def test_a_trace_names_the_operations_of_each_part(world, tmp_path):
     shown = trace.table(result).splitlines()
     assert shown[-1].startswith("all")
     with pytest.raises(UserError, match=r"profile=.*cannot be written"):
-        trace.record(lambda: contestant.step(3), str(tmp_path / "no" / "trace.json"))
+        trace.record(lambda: contestant.step(3, world.device), str(tmp_path / "no" / "trace.json"))

@@ -27,6 +27,7 @@ import tiny
 from mcf import distributed
 from mcf.config import Recipe
 from mcf.data.loader import Batch
+from mcf.models import regional
 from mcf.plan import make_plan
 from mcf.step import Step
 from mcf.weights import load_teacher
@@ -94,7 +95,8 @@ def refused(world: distributed.World) -> dict:
     """Steps 0, 1 (refused: a NaN in the last rank's second micro-batch), 2; and a twin that never sees step 1."""
     seen: dict = {}
     for stage in STAGES:
-        step, twin = build(world, stage), build(world, stage)
+        # At a rate that is not 0 from the first step on: else the average would have nowhere to move.
+        step, twin = (build(world, stage, optimizer__warmup_epochs=0) for _ in range(2))
         for one in (step, twin):
             assert one(0, batches(one, 0)).applied
         before, calls = state(step), itertools.count()
@@ -122,6 +124,24 @@ def refused(world: distributed.World) -> dict:
         for one in (step, twin):
             assert one(2, batches(one, 2)).applied
         seen[stage] |= {"final": state(step), "twin": state(twin)}
+    return seen
+
+
+def quick(world: distributed.World) -> dict:
+    """Two steps of stages 1 and 3: plain, with every block computed again, and with blocks that are traced too."""
+    # Traced as for inductor, and run as it is written: compiling takes a minute.
+    regional.BACKEND = "aot_eager"
+    again = {"speed__recompute": ["encoder", "decoder", "teacher"]}
+    ways: dict = {"plain": {}, "again": again, "both": {"speed__compile": "blocks", **again}}
+    seen: dict = {}
+    for stage in (1, 3):
+        for way, overrides in ways.items():
+            step = build(world, stage, **overrides)
+            told = []
+            for number in range(2):
+                outcome = step(number, batches(step, number))
+                told.append([terms["total"].item() for terms in outcome.terms] + [outcome.grad_norm])
+            seen[stage, way] = told
     return seen
 
 
@@ -225,7 +245,7 @@ def main(folder: Path, size: int, what: str) -> int:
     if "RANK" in os.environ:
         world = distributed.join()
         distributed.set_threads(world, 1)
-        seen = {"losses": losses, "refused": refused, "bytes": bytes_}[what](world)
+        seen = {"losses": losses, "refused": refused, "bytes": bytes_, "quick": quick}[what](world)
         torch.save(seen, folder / f"{what}_{size}_{world.rank}.pt")
         distributed.leave()
         return 0

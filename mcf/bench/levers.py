@@ -1,0 +1,195 @@
+"""`python -m mcf.bench part=levers recipe=vit_b_20m`: what each lever of the step's speed is worth, alone and together.
+
+    none   every lever off: attention written out, plain operations, nothing compiled
+    each   one lever on, then all that are for speed, beside `none`: turn by turn, each in a process of its own
+
+A row is written as soon as it is known; a lever that fails here says why and costs no other its row.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+
+from mcf import cli, distributed, precision
+from mcf.bench.apart import Apart
+from mcf.bench.meter import machine_name
+from mcf.bench.step import DEFAULT_RECIPE, Contestant, race, sized
+from mcf.config import NonNegative, Positive, Recipe, Section
+from mcf.errors import UserError
+
+NONE: dict[str, Any] = {
+    "kernels": "reference", "attention": "math", "teacher.stream": "float32", "speed.compile": "none", "speed.recompute": (),
+    "speed.keep_memory": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Keys of a recipe that make a lever, and where it is one.
+
+    together: whether it is among `all`: not where another one excludes it, or memory is what it is for.
+    """
+
+    keys: dict[str, Any]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    precisions: tuple[str, ...] = ("bf16", "fp32")
+    together: bool = True
+
+
+LEVERS: dict[str, Lever] = {
+    "memory kept": Lever({"speed.keep_memory": True}, devices=("cpu",)),
+    "attention: sdpa": Lever({"attention": "sdpa"}, together=False),
+    "attention: xformers": Lever({"attention": "xformers"}, devices=("cuda",), together=False),
+    "attention: auto": Lever({"attention": "auto"}),
+    "kernels": Lever({"kernels": "triton"}, devices=("cuda",)),
+    "compiled blocks": Lever({"speed.compile": "blocks"}),
+    "teacher's stream bf16": Lever({"teacher.stream": "bfloat16"}, precisions=("bf16",)),
+    "teacher recomputed": Lever({"speed.recompute": ("teacher",)}, together=False),
+    "all recomputed": Lever({"speed.recompute": ("encoder", "decoder", "teacher")}, together=False),
+}
+
+
+class LeversConfig(Section):
+    """Keys of this benchmark; every key of the recipe (default vit_b_20m) can be given beside them."""
+
+    part: Literal["levers"] = Field("levers", description="which benchmark")
+    batch: Positive = Field(8, description="images a step; no accumulation")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="precision of the matrix work; auto: the faster one here"
+    )
+    steps: Positive = Field(5, description="timed steps of each")
+    warmup: NonNegative = Field(2, description="steps before the clock starts; the first one compiles")
+    threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
+    only: str | None = Field(
+        None, description="levers to try, by a part of their names (`compiled`); default: all of them"
+    )
+    seconds: Positive | None = Field(None, description="begin with no further lever after so long")
+    json_file: str | None = Field(None, description="file for the numbers, written after each lever")
+
+
+@cli.main
+def main(argv: list[str]) -> int:
+    """The benchmark. Returns 0, or 1 if a lever failed."""
+    if not any(word.startswith("recipe=") for word in argv):
+        argv = [f"recipe={DEFAULT_RECIPE}", *argv]
+    recipe, config = cli.load(argv, LeversConfig, verb="bench part=levers")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = distributed.join().device
+    chosen = precision.choose(device) if config.precision == "auto" else config.precision
+    recipe = sized(recipe, batch=config.batch, precision=chosen)
+    result: dict[str, Any] = {
+        "part": "levers", "recipe": recipe.name, "batch": recipe.batch, "precision": chosen, "device": machine_name(device),
+        "threads": torch.get_num_threads(), "steps": config.steps, "torch": torch.__version__,
+        "python": platform.python_version(), "rows": {},
+    }  # fmt: skip
+    print(heading(result), flush=True)
+    began, plain = time.monotonic(), with_keys(recipe, NONE)
+    none = Contestant("none", Apart("mcf", plain, torch.get_num_threads()))
+    try:
+        for name, keys in levers(device.type, chosen, config.only).items():
+            if config.seconds and time.monotonic() - began > config.seconds:
+                row: dict[str, Any] = {"left out": f"{config.seconds} s were over"}
+            else:
+                row = beside(none, name, with_keys(plain, keys), device, warmup=config.warmup, steps=config.steps)
+            result["rows"][name] = {"keys": {key: str(value) for key, value in keys.items()}, **row}
+            print(line(name, row), flush=True)
+            if config.json_file:
+                Path(config.json_file).write_text(json.dumps(result, indent=1) + "\n")
+    finally:
+        none.close()
+    print(json.dumps(result))
+    return 1 if any("failed" in row for row in result["rows"].values()) else 0
+
+
+def levers(device: str, chosen: str, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """The levers of a kind of device and a precision: name → keys of the recipe. `all` is the last."""
+    here = {n: lever for n, lever in LEVERS.items() if device in lever.devices and chosen in lever.precisions}
+    found = {name: lever.keys for name, lever in here.items()}
+    found["all"] = {key: value for lever in here.values() if lever.together for key, value in lever.keys.items()}
+    if only is not None:
+        found = {name: keys for name, keys in found.items() if only in name}
+    if not found:
+        raise UserError(f"only={only}: no lever has that in its name; there are {', '.join([*here, 'all'])}")
+    return found
+
+
+def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """The recipe with some (dotted) keys set."""
+    for key, value in keys.items():
+        recipe = _with(recipe, key.split("."), value)
+    return recipe
+
+
+def _with(section: Any, path: list[str], value: Any) -> Any:
+    first, *rest = path
+    assert isinstance(section, BaseModel)
+    return section.model_copy(update={first: _with(getattr(section, first), rest, value) if rest else value})
+
+
+def beside(
+    none: Contestant, name: str, recipe: Recipe, device: torch.device, *, warmup: int, steps: int
+) -> dict[str, Any]:
+    """A lever's row: it and `none` take turns. What failed, if it does."""
+    began, lever = len(none.taken), None
+    try:
+        lever = Contestant(name, Apart("mcf", recipe, torch.get_num_threads()))
+        race([none, lever], device, warmup=warmup, steps=steps)
+        ratios = [a / b for a, b in zip(none.seconds[began:], lever.seconds)]
+        return {
+            "images_per_second": recipe.batch / statistics.median(lever.seconds),
+            "none_images_per_second": recipe.batch / statistics.median(none.seconds[began:]),
+            "ratio": statistics.median(ratios), "ratios": ratios,
+            "peak_memory": lever.peak(device), "memory_ratio": lever.peak(device) / none.peak(device),
+            "loss_difference": max(
+                abs(value / none.losses[0][term] - 1) for term, value in lever.losses[0].items() if none.losses[0][term]
+            ),
+            "gradient_difference": _apart(lever.program, none.program),
+        }  # fmt: skip
+    except UserError as error:
+        return {"failed": str(error)}
+    finally:
+        if lever:
+            lever.close()
+
+
+def _apart(ours: Any, theirs: Any) -> float:
+    """‖g − g₀‖ / ‖g₀‖ of the first step's gradients."""
+    one, other = (np.frombuffer(program.gradients(), dtype=np.float32).astype(np.float64) for program in (ours, theirs))
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+def heading(result: dict[str, Any]) -> str:
+    """What was measured on what, and the names of the columns."""
+    return (
+        f"{result['recipe']}, batch {result['batch']}, {result['precision']}, {result['device']}, {result['threads']} "
+        f"threads, torch {result['torch']}, Python {result['python']}\n"
+        f"{'lever':24}{'images/s':>10}{'none':>8}{'times':>8}{'MiB':>9}{'of none':>9}{'loss ±':>10}{'gradient ±':>12}"
+    )
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row for a person."""
+    for why in ("failed", "left out"):
+        if why in row:
+            return f"{name:24}{why}: {row[why]}"
+    return (
+        f"{name:24}{row['images_per_second']:10.2f}{row['none_images_per_second']:8.2f}{row['ratio']:8.2f}"
+        f"{row['peak_memory'] / 2**20:9.0f}{row['memory_ratio']:9.2f}{row['loss_difference']:10.1e}"
+        f"{row['gradient_difference']:12.1e}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

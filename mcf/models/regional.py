@@ -1,0 +1,38 @@
+"""What is done to the blocks of a network, one by one, to make a step faster or smaller: the numbers stay.
+
+    compile_blocks    LayerNorm, GELU and the sums between matrix products each in one pass over memory (torch.compile)
+    recompute_blocks  a block keeps its input alone, and its forward pass is repeated in the backward pass (Chen et al. 2016)
+
+Blocks of one shape are alike, so one is compiled for all of them, and again for each other shape and for passes without a
+gradient: a handful of graphs, in a minute or two at the first step, and none afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from mcf.models.vit import Block
+
+BACKEND = "inductor"
+
+
+def compile_blocks(*networks: nn.Module) -> None:
+    """Have torch compile every block of these networks at its first call. Names and values of tensors stay.
+
+    Sums are added in another order, and under autocast less of what lies between matrix products is rounded to bfloat16.
+    """
+    for block in _blocks(networks):
+        # Shapes do not change in training, and a graph for any size would be a slower one.
+        block.compile(backend=BACKEND, dynamic=False)
+
+
+def recompute_blocks(*networks: nn.Module) -> None:
+    """Have every block of these networks forget what it computed on the way forward. The same numbers, to the bit."""
+    for block in _blocks(networks):
+        block.recompute = True
+
+
+def _blocks(networks: tuple[nn.Module, ...]) -> Iterator[Block]:
+    return (module for network in networks for module in network.modules() if isinstance(module, Block))

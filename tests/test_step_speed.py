@@ -1,0 +1,317 @@
+"""What `speed` and `teacher.stream` do to a step: the numbers stay, or differ by no more than is said; nothing is compiled
+twice; nothing waits for the device; memory does not grow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mcf import distributed, memory
+from mcf.config import Recipe
+from mcf.data.loader import Batch
+from mcf.models import Teacher, regional
+from mcf.models.vit import Block, VisionTransformer
+from mcf.plan import make_plan
+from mcf.step import Outcome, Step
+from mcf.weights import load_teacher
+
+BATCH, MICRO = 8, 4
+PARTS = ("encoder", "decoder", "teacher")
+
+
+def build(world: distributed.World, **overrides) -> Step:
+    recipe = Recipe.model_validate(tiny.recipe(Path("runs/r"), Path("data"), **overrides))
+    teacher = load_teacher(recipe.teacher, image_size=recipe.model.image_size, kernels=recipe.kernels)
+    return Step(recipe, make_plan(recipe, 120), teacher, world)
+
+
+def batches(number: int, device: torch.device) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(number)
+    for first in range(number * BATCH, (number + 1) * BATCH, MICRO):
+        images = torch.randint(0, 256, (MICRO, tiny.SIZE, tiny.SIZE, 3), dtype=torch.uint8, generator=generator)
+        keys = [str(position) for position in range(first, first + MICRO)]
+        yield Batch(images.to(device), torch.arange(first, first + MICRO, device=device), keys)
+
+
+def run(step: Step, steps: int = 3) -> list[list[float]]:
+    """Loss terms of each micro-batch and the gradient's norm of each step."""
+    told = []
+    for number in range(steps):
+        outcome = step(number, batches(number, step.world.device))
+        assert outcome.applied
+        told += [[*(value.item() for value in terms.values()), outcome.grad_norm] for terms in outcome.terms]
+    return told
+
+
+# ------------------------------------------------------------------------------------------- computed again
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("parts", [[part] for part in PARTS] + [list(PARTS)], ids="+".join)
+def test_blocks_computed_again_give_the_same_bits(world, parts, precision):
+    plain = build(world, train__precision=precision)
+    again = build(world, train__precision=precision, speed__recompute=parts)
+    networks = {
+        "encoder": again.engine.module.encoder, "decoder": again.engine.module.decoder, "teacher": again.objective.teacher
+    }  # fmt: skip
+    passes = dict.fromkeys(PARTS, 0)
+    for name, network in networks.items():
+        for block in (module for module in network.modules() if isinstance(module, Block)):
+
+            def count(*_, name=name):
+                passes[name] += torch.is_grad_enabled()
+
+            block.register_forward_pre_hook(count)
+    assert run(again) == run(plain)
+    left, right = again.engine.state_dict(), plain.engine.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    # Three steps of two micro-batches; the tiny network has 2, 1 and 2 blocks.
+    blocks = {"encoder": 2, "decoder": 1, "teacher": 2}
+    assert passes == {name: 6 * n * (2 if name in parts else 1) for name, n in blocks.items()}
+
+
+# ------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Traced and differentiated as for inductor, and then run as it is written: compiling takes a minute."""
+    monkeypatch.setattr(regional, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [[], ["teacher", "encoder"]], ids=["kept", "recomputed"])
+def test_nothing_is_compiled_after_the_first_step(world, traced, recompute):
+    """Nor after a checkpoint has been read, and nothing of a block is left out of its graph."""
+    overrides = {"speed__recompute": recompute}
+    compiled, plain = build(world, speed__compile="blocks", **overrides), build(world, **overrides)
+    expected = run(plain, 4)
+    assert not counters["stats"]
+    told = run(compiled, 1)
+    # Of the encoder with gradient and the momentum branch without, of the decoder, and of the teacher on the image
+    # without and on the pseudo image with gradient.
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 5 and not counters["graph_break"]
+    compiled.engine.load_state_dict(compiled.engine.state_dict())
+    compiled.momentum.load_full_state_dict(compiled.momentum.full_state_dict())
+    told += [row for number in (1, 2, 3) for row in rows(compiled(number, batches(number, world.device)))]
+    assert counters["stats"]["unique_graphs"] == graphs, "something was compiled in a later step"
+    # Autograd's formulas for LayerNorm and GELU, taken apart: roundings, which BatchNorm over four samples multiplies.
+    for ours, theirs in zip(told, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+    # A checkpoint does not know of it.
+    assert compiled.engine.state_dict().keys() == plain.engine.state_dict().keys()
+
+
+def rows(outcome: Outcome) -> list[list[float]]:
+    return [[*(value.item() for value in terms.values()), outcome.grad_norm] for terms in outcome.terms]
+
+
+def test_a_compiled_block_computes_what_the_block_does(world):
+    """By inductor itself, forward and backward, in float32."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = Block(32, 2)
+    x = torch.randn(4, 17, 32)
+
+    def gradients() -> list[Tensor]:
+        block.zero_grad()
+        inputs = x.clone().requires_grad_()
+        block(inputs).square().sum().backward()
+        return [inputs.grad, *(parameter.grad for parameter in block.parameters())]
+
+    plain = gradients()
+    regional.compile_blocks(block)
+    # Sums of a few hundred numbers in another order.
+    for ours, theirs in zip(gradients(), plain):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------- the teacher's stream
+
+
+def test_a_stream_in_bfloat16_moves_features_by_a_few_roundings():
+    """Against float32 throughout, beside what autocast alone does."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(image_size=32, patch_size=8, width=64, depth=12, heads=4)
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    cotangents = torch.randn(3, 4, 17, 64)
+
+    def teacher() -> Teacher:
+        return Teacher(vit.state_dict(), heads=4, taps=(2, 5, 11))
+
+    def found(teacher: Teacher, autocast: bool) -> tuple[list[Tensor], Tensor]:
+        pixels = (images.permute(0, 3, 1, 2).float() / 64 - 2).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            features = teacher.features(pixels)
+        torch.stack([(f.float() * c).sum() for f, c in zip(features, cotangents)]).sum().backward()
+        return [f.detach().double() for f in features], pixels.grad.double()
+
+    exact, gradient = found(teacher(), autocast=False)
+    cast, _ = found(teacher().to_autocast(torch.bfloat16), autocast=True)
+    stream, moved = found(teacher().to_stream(torch.bfloat16), autocast=True)
+
+    def apart(ours: list[Tensor]) -> list[float]:
+        return [float((a - b).norm() / b.norm()) for a, b in zip(ours, exact)]
+
+    # A rounding to bfloat16 is 2⁻⁹ = 2e-3 at most. Autocast rounds what is added, a part of the stream; the stream itself
+    # is rounded twice a block, which adds up like a random walk: √(2·12)·2e-3/√3 = 6e-3 after twelve blocks.
+    assert all(error < 6e-3 for error in apart(cast)), apart(cast)
+    assert all(error < 1.2e-2 for error in apart(stream)), apart(stream)
+    assert apart(stream)[-1] > apart(cast)[-1], "the stream is not in bfloat16"
+    cosine = float((moved * gradient).sum() / moved.norm() / gradient.norm())
+    assert cosine > 0.999, cosine
+    assert all(f.dtype == torch.bfloat16 for f in teacher().to_stream(torch.bfloat16).features(images))
+
+
+# ------------------------------------------------------------------------------------------- no hidden stalls
+
+
+class Syncs(TorchDispatchMode):
+    """Where a tensor's values decide what the host does next: on a GPU it would wait for all that was queued."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1]
+        )
+        if name.startswith(self.WAITING) or by_mask:
+            self.found.append(name)
+        return function(*arguments, **(named or {}))
+
+
+WAYS: dict[str, dict] = {
+    "plain": {},
+    "a group, bf16": {"contrast__scope": "group", "contrast__group_size": 2, "train__precision": "bf16"},
+    "the whole step": {"contrast__scope": "step", "momentum__update": "step", "loss__pixel": 1.0},
+    "synchronised": {"model__projection__batch_norm": "synchronised"},
+    "recomputed": {"speed__recompute": list(PARTS), "mask__momentum": "none"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_in_a_step_waits_for_the_device(world, way, monkeypatch):
+    # So that a synchronised BatchNorm does what it does among several.
+    monkeypatch.setattr("mcf.models.heads._ranks", lambda: 2)
+    step = build(world, **WAYS[way])
+    run(step, 1)
+    taken = list(batches(1, world.device))
+    with Syncs() as syncs:
+        outcome = step(1, iter(taken))
+    assert outcome.applied
+    assert syncs.found == []
+
+
+@pytest.mark.parametrize("spoil", [Tensor.item, Tensor.nonzero, lambda t: t[t > 0], bool, lambda t: torch.equal(t, t)])
+def test_a_wait_in_a_step_is_found(world, spoil):
+    step = build(world)
+
+    def wait(_module, _inputs, out):
+        spoil(out["total"].detach())
+
+    step.objective.register_forward_hook(wait)
+    with Syncs() as syncs:
+        step(0, batches(0, world.device))
+    assert len(syncs.found) >= 2, "one a micro-batch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gpu_is_waited_for_once_a_step(world, way, monkeypatch):
+    """For the verdict whether the step is finite, and for nothing else: torch itself refuses to wait."""
+    step = build(world, **WAYS[way])
+    run(step, 2)
+    taken = list(batches(2, world.device))
+    verdicts = []
+    tolist = Tensor.tolist
+
+    def verdict(tensor: Tensor):
+        verdicts.append(tensor.shape)
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return tolist(tensor)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(Tensor, "tolist", verdict)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = step(2, iter(taken))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcome.applied and verdicts == [(2,)]
+
+
+STEPS = """
+import gc, json, resource, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import test_step_speed as here
+from mcf import distributed, memory
+memory.keep_freed_memory()
+torch.set_num_threads(1)
+world = distributed.join()
+step = here.build(world)
+found = []
+for number in range(60):
+    step(number % 20, here.batches(number, world.device))
+    if number == 0:
+        memory.leave_out_of_collections()
+    if number in (14, 59):
+        gc.collect()
+        resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+        found.append([sum(isinstance(o, torch.Tensor) for o in gc.get_objects()), resident])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_fifty_steps_hold_no_more_memory_than_ten():
+    """As `mcf.train` has it: freed memory kept, and objects that stay left out of collections."""
+    command = [sys.executable, "-c", STEPS, str(Path(__file__).parent)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    (early, began), (late, ended) = json.loads(done.stdout.splitlines()[-1])
+    assert late == early, "tensors are left behind"
+    # The network's tensors are kilobytes: what a step allocates, kept of every tenth, would be 2 MB after fifty.
+    assert ended - began < 1e6, (began, ended)
+
+
+def test_what_stays_is_left_out_of_collections():
+    import gc
+
+    gc.unfreeze()
+    before = gc.get_freeze_count()
+    cycle: list = []
+    cycle.append(cycle)
+    identity, cycle = id(cycle), []
+    try:
+        memory.leave_out_of_collections()
+        assert gc.get_freeze_count() > before + 100_000, "torch alone is more"
+        assert not any(id(o) == identity and o == [o] for o in gc.get_objects()), "garbage was frozen"
+        assert len(gc.get_objects()) < 10_000
+    finally:
+        gc.unfreeze()
