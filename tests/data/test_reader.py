@@ -37,6 +37,21 @@ def test_gives_the_bytes_that_the_order_names(shards):
         assert sample.stored.jpeg.tobytes() == make_jpeg(shard * 1000 + row)
 
 
+def test_no_thread_parses_python(shards, monkeypatch):
+    """CPython 3.11's parser fails now and then in several threads at once; NumPy reads headers with it."""
+    reader = make(shards(13, 5))
+    monkeypatch.setattr("ast.parse", lambda *_, **__: pytest.fail("a header was parsed as Python"))
+    assert all(sample.stored.jpeg is not None for sample in take(reader, 18))
+
+
+def test_the_header_of_an_index_is_read_as_numpy_reads_it(shards):
+    files = ShardFiles(load_manifest(shards(13, 5)))
+    for shard in range(2):
+        rows = files.manifest.index(shard)
+        dtype, data, count = files._read_header(shard)
+        assert (dtype, count) == (rows.dtype, len(rows)) and data == rows.offset
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("start", [0, 24, 64])
 def test_ranks_share_the_positions_and_restarts_change_nothing(shards, world_size, start):
