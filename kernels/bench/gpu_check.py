@@ -1,13 +1,14 @@
 """All that only a GPU can show, in eight minutes: `make gpu-check OUT=FOLDER`, or `python gpu_check.py FOLDER`.
 
-    tests marked gpu ──► benchmark ──► compute-sanitizer, where it is installed
+    tests marked gpu ──► benchmark ──► levers of the networks ──► compute-sanitizer, where it is installed
 
 It needs torch, triton, numpy and pytest, and nothing installed of mcf: this file alone is run, and gives what it starts
-an import path on which mcf.kernels is the folder it lies in. The results lie in FOLDER:
+an import path on which mcf.kernels is the folder it lies in, and of mcf what needs torch alone. The results lie in FOLDER:
 
     machine.txt        nvidia-smi, versions
     tests.txt .xml     the tests, in words and as JUnit XML
     bench.txt .csv .md the benchmark
+    levers.txt .csv    encoder, decoder and teacher of ViT-B: what each lever of their speed is worth
     sanitizer-*.txt    memcheck and racecheck over every kernel
     summary.txt        what passed, what did not, what was left out
 
@@ -34,6 +35,11 @@ TESTS_S, SANITIZER_S = 160, 70
 """How long the tests may take, and each tool of the sanitizer."""
 GRACE_S = 10
 """What is out of time is interrupted, and has so long to write what it has before it is killed."""
+LEVERS_S = 100
+"""How long levers are tried, each begun before its end."""
+LENT = ("errors.py", "attention.py", *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
+        "bench/blocks.py")  # fmt: skip
+"""What of mcf needs torch alone, for `mcf.bench.blocks`."""
 VERSIONS = """
 import platform, numpy, pytest, torch, triton
 print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), triton "
@@ -125,9 +131,20 @@ def main(argv: list[str]) -> int:
         package.mkdir()
         (package / "__init__.py").touch()
         (package / "kernels").symlink_to(KERNELS, target_is_directory=True)
+        lend(package)
         check = Check(out, Path(folder))
         _parts(check)
     return 1 if check.failed else 0
+
+
+def lend(package: Path) -> None:
+    """Link what of mcf needs torch alone into a folder that is imported as mcf."""
+    for name in LENT:
+        file = package / name
+        if not file.parent.exists():
+            file.parent.mkdir()
+            (file.parent / "__init__.py").touch()
+        file.symlink_to(ROOT / "mcf" / name)
 
 
 def _parts(check: Check) -> None:
@@ -154,9 +171,14 @@ def _parts(check: Check) -> None:
 
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     reserved = 2 * SANITIZER_S if sanitizer and gpu else 0
-    seconds = max(30, check.left() - reserved - 30)
+    seconds = max(30, check.left() - reserved - LEVERS_S - 60)
     bench = [python, "-m", "mcf.kernels.bench", f"out={check.out}", f"seconds={seconds:.0f}"]
     check.run("bench", bench, seconds + 30)
+
+    # Without a GPU a small one shows that it runs.
+    small = [] if gpu else ["only=sdpa", "size=32", "depth=1", "batch=2", "rounds=1"]
+    blocks = [python, "-m", "mcf.bench.blocks", f"out={check.out}", f"seconds={LEVERS_S - 30}", *small]
+    check.run("levers", blocks, LEVERS_S + 20)
 
     if not gpu:
         check.say("no CUDA device was found: the tests that need one were skipped, and no time above is a GPU's", False)

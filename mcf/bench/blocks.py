@@ -1,0 +1,308 @@
+"""The networks of a step alone, and what each lever is worth to them: `python -m mcf.bench.blocks key=value …`.
+
+    images ──► encoder ──► decoder ──► pseudo image ──► teacher ──► feature loss ──► backward
+        └────► the momentum encoder, and the teacher on the image: without a gradient
+
+What is left out of a step (heads, contrast, optimiser, average) is a hundredth of its operations. torch alone is needed,
+and triton for kernels: this is for a machine on which nothing else is installed (`make gpu-check`); where all is,
+`mcf.bench part=levers` measures whole steps. Where memory does not suffice, the batch is halved. A lever and none take
+turns; numbers are in OUT/levers.csv after each lever.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import gc
+import importlib.util
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcf import kernels
+from mcf.models.decoder import Decoder
+from mcf.models.patches import unpatchify
+from mcf.models.regional import compile_blocks, recompute_blocks
+from mcf.models.teacher import Teacher
+from mcf.models.vit import VisionTransformer
+
+NONE: dict[str, Any] = {"attention": "math", "kernels": "reference", "compile": False, "stream": False, "recompute": ()}
+# `all` leaves out what has to do with memory, and takes attention as it comes.
+LEVERS: dict[str, dict[str, Any]] = {
+    "attention: sdpa": {"attention": "sdpa"},
+    "attention: xformers": {"attention": "xformers"},
+    "kernels": {"kernels": "triton"},
+    "compiled blocks": {"compile": True},
+    "teacher's stream bf16": {"stream": True},
+    "all": {"attention": "auto", "kernels": "auto", "compile": True, "stream": True},
+    "teacher recomputed": {"recompute": ("teacher",)},
+    "all recomputed": {"recompute": ("encoder", "decoder", "teacher")},
+}
+COLUMNS = (
+    "lever", "images_per_second", "none_images_per_second", "times", "peak_mib", "none_peak_mib", "launches", "loss_difference",
+    "gradient_difference", "of_matmul", "failed",
+)  # fmt: skip
+# ViT-B/16 at 224 pixels, MAE's decoder.
+SHAPE = {
+    "size": 224,
+    "patch": 16,
+    "width": 768,
+    "depth": 12,
+    "heads": 12,
+    "decoder": (512, 8, 16),
+    "taps": (2, 5, 8, 11),
+}
+
+
+@dataclass
+class Networks:
+    """Encoder, momentum encoder, decoder and teacher, with equal weights for equal shapes; and what their passes took."""
+
+    encoder: VisionTransformer
+    momentum: VisionTransformer
+    decoder: Decoder
+    teacher: Teacher
+    seconds: list[float] = field(default_factory=list)
+
+    def step(self, images: Tensor, patch: int) -> Tensor:
+        """Loss and gradients of the trained networks, in bfloat16 by autocast."""
+        patches = (images.shape[1] // patch) ** 2
+        positions = torch.arange(len(images), device=images.device)
+        implementation = self.decoder.kernels
+        for parameter in (*self.encoder.parameters(), *self.decoder.parameters()):
+            parameter.grad = None
+        with torch.autocast(images.device.type, torch.bfloat16):
+            keep, restore = kernels.mask(
+                0, positions, kernels.ENCODER, patches, patches // 4, implementation=implementation
+            )
+            with torch.no_grad():
+                self.momentum(images, keep)
+                targets = self.teacher.features(images)
+            pred = self.decoder(self.encoder(images, keep), restore)
+            loss = self.teacher.feature_loss(unpatchify(pred, patch), targets)
+        loss.backward()
+        return loss.detach()
+
+    def gradient(self) -> Tensor:
+        """All gradients, one after the other, on the CPU."""
+        parts = [*self.encoder.parameters(), *self.decoder.parameters()]
+        return torch.cat([p.grad.flatten().cpu() for p in parts if p.grad is not None]).double()
+
+
+def build(shape: dict[str, Any], device: torch.device, levers: dict[str, Any]) -> Networks:
+    """The networks on a device, with levers on."""
+    torch.manual_seed(0)
+    common = {"attention": levers["attention"], "kernels": levers["kernels"]}
+    vit = VisionTransformer(
+        image_size=shape["size"], patch_size=shape["patch"], width=shape["width"], depth=shape["depth"], heads=shape["heads"],
+        **common,
+    )  # fmt: skip
+    width, depth, heads = shape["decoder"]
+    decoder = Decoder(
+        tokens_width=shape["width"], grid=shape["size"] // shape["patch"], patch_size=shape["patch"], width=width, depth=depth,
+        heads=heads, **common,
+    )  # fmt: skip
+    teacher = Teacher(vit.state_dict(), heads=shape["heads"], taps=shape["taps"], **common)
+    if levers["stream"]:
+        teacher.to_stream(torch.bfloat16)
+    else:
+        teacher.to_autocast(torch.bfloat16)
+    momentum = copy.deepcopy(vit).requires_grad_(False)
+    parts: dict[str, nn.Module] = {"encoder": vit, "momentum": momentum, "decoder": decoder, "teacher": teacher}
+    for part in parts.values():
+        part.to(device)
+    recompute_blocks(*(parts[name] for name in levers["recompute"]))
+    if levers["compile"]:
+        compile_blocks(*parts.values())
+    return Networks(vit, momentum, decoder, teacher)
+
+
+def levers(device: torch.device, only: str) -> dict[str, dict[str, Any]]:
+    """The levers that a kind of device has, those with `only` in their names."""
+    found = {name: keys for name, keys in LEVERS.items() if only in name}
+    if device.type != "cuda":
+        found = {n: k for n, k in found.items() if k.get("kernels") != "triton" and k.get("attention") != "xformers"}
+    elif importlib.util.find_spec("xformers") is None:
+        found.pop("attention: xformers", None)
+    return found
+
+
+def measure(
+    shape: dict[str, Any],
+    device: torch.device,
+    chosen: dict[str, dict[str, Any]],
+    *,
+    batch: int,
+    rounds: int,
+    seconds: float,
+    out: Path,
+) -> int:
+    """Every lever beside none; the number that failed. Begins with no further lever after so many seconds."""
+    began = time.monotonic()
+    none = build(shape, device, NONE)
+    images, loss = _fitting(none, shape, device, batch)
+    batch, gradient = len(images), none.gradient()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        none.step(images[:1], shape["patch"])
+    flops, peak = counter.get_total_flops(), matmul_rate(device)
+    print(
+        f"batch {batch}, {flops / 1e9:.1f} GFLOP an image, bfloat16 products at {peak / 1e12:.2f} TFLOP/s, "
+        f"torch {torch.__version__}\n"
+        f"{'lever':24}{'images/s':>10}{'none':>9}{'times':>7}{'MiB':>8}{'none':>8}{'launches':>9}{'of matmul':>10}"
+        f"{'loss ±':>9}{'gradient ±':>11}",
+        flush=True,
+    )
+    failed = 0
+    with (out / "levers.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for name, keys in chosen.items():
+            row: dict[str, Any] = {"lever": name}
+            if time.monotonic() - began > seconds:
+                row["failed"] = f"left out: {seconds:.0f} s were over"
+            else:
+                try:
+                    row |= _beside(none, build(shape, device, {**NONE, **keys}), images, shape["patch"], rounds)
+                    row["of_matmul"] = row["images_per_second"] * flops / peak
+                    row["loss_difference"] = abs(row.pop("loss") / loss.item() - 1)
+                    row["gradient_difference"] = float((row.pop("gradient") - gradient).norm() / gradient.norm())
+                except Exception as error:
+                    row["failed"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                    failed += 1
+            writer.writerow(row)
+            file.flush()
+            print(line(row), flush=True)
+            gc.collect()
+            torch._dynamo.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return failed
+
+
+def _fitting(none: Networks, shape: dict[str, Any], device: torch.device, batch: int) -> tuple[Tensor, Tensor]:
+    """Images for which the memory of two suffices, and the loss on them."""
+    size = shape["size"]
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    while len(images) > 2 and not _fits(none, images, shape["patch"]):
+        images = images[: len(images) // 2]
+    return images, none.step(images, shape["patch"])
+
+
+def _fits(networks: Networks, images: Tensor, patch: int) -> bool:
+    """Whether a step takes at most two thirds of the GPU's memory: weights and passes of another stand beside it."""
+    if images.device.type != "cuda":
+        return True
+    torch.cuda.reset_peak_memory_stats(images.device)
+    try:
+        networks.step(images, patch)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return 3 * torch.cuda.max_memory_allocated(images.device) < 2 * torch.cuda.mem_get_info(images.device)[1]
+
+
+def _beside(none: Networks, lever: Networks, images: Tensor, patch: int, rounds: int) -> dict[str, Any]:
+    loss = lever.step(images, patch)  # compiles
+    gradient = lever.gradient()
+    pair = {"lever": lever, "none": none}
+    for networks in pair.values():
+        networks.step(images, patch)
+        networks.seconds = []
+    peaks: dict[str, int] = dict.fromkeys(pair, 0)
+    for index in range(rounds):
+        for name in list(pair)[:: 1 if index % 2 else -1]:
+            start, held = _now(images.device), _reset_peak(images.device)
+            pair[name].step(images, patch)
+            pair[name].seconds.append(_now(images.device) - start)
+            peaks[name] = max(peaks[name], _peak(images.device) - held)
+    return {
+        "images_per_second": len(images) / statistics.median(lever.seconds),
+        "none_images_per_second": len(images) / statistics.median(none.seconds),
+        "times": statistics.median(b / a for a, b in zip(lever.seconds, none.seconds)),
+        "peak_mib": peaks["lever"] / 2**20, "none_peak_mib": peaks["none"] / 2**20,
+        "launches": _launches(lever, images, patch), "loss": loss.item(), "gradient": gradient,
+    }  # fmt: skip
+
+
+def _launches(networks: Networks, images: Tensor, patch: int) -> int | None:
+    if images.device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        networks.step(images, patch)
+        torch.cuda.synchronize()
+    return sum("mem" not in event.name.lower() for event in profiler.events() or [])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Bytes that are held now, on a GPU: what a pass takes is counted from there."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large product in bfloat16: the best of some."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = _now(device)
+        a @ b
+        best = min(best, _now(device) - start)
+    return 2 * n**3 / best
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for a person."""
+    if row.get("failed"):
+        return f"{row['lever']:24}{row['failed']}"
+    return (
+        f"{row['lever']:24}{row['images_per_second']:10.1f}{row['none_images_per_second']:9.1f}{row['times']:7.2f}"
+        f"{row['peak_mib']:8.0f}{row['none_peak_mib']:8.0f}{row['launches'] or '':>9}{row['of_matmul']:10.0%}"
+        f"{row['loss_difference']:9.1e}{row['gradient_difference']:11.1e}"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`out=FOLDER only=WORD batch=N rounds=N seconds=N size=PIXELS depth=BLOCKS`; 1 if a lever failed."""
+    known = {"out": ".", "only": "", "batch": "128", "rounds": "10", "seconds": "200", "size": "224", "depth": "12"}
+    for word in argv:
+        key, _, value = word.partition("=")
+        if key not in known or not value:
+            print(
+                f"error: {word}: unknown; there are {', '.join(f'{k}={v}' for k, v in known.items())}", file=sys.stderr
+            )
+            return 2
+        known[key] = value
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    depth = int(known["depth"])
+    taps = tuple(tap for tap in SHAPE["taps"] if tap < depth - 1)  # type: ignore[attr-defined]
+    shape = {**SHAPE, "size": int(known["size"]), "depth": depth, "taps": (*taps, depth - 1)}
+    failed = measure(
+        shape, device, levers(device, known["only"]), batch=int(known["batch"]), rounds=int(known["rounds"]),
+        seconds=float(known["seconds"]), out=Path(known["out"]),
+    )  # fmt: skip
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
