@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import torch
+
+# Some tests send it to what they start, which ignores it where this was started in a shell's background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports Triton, which decides at the decoration of a kernel. Without a GPU, kernels run in its
 # interpreter where a test asks for them by name; `auto` stays the reference on a CPU.

@@ -208,6 +208,8 @@ def _leave(*_: object) -> None:
 if __name__ == "__main__":
     # As ctrl-C does: what was started is ended, too.
     signal.signal(signal.SIGTERM, _leave)
+    # What a shell starts in the background ignores it, and so would all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main(sys.argv[1:])
     except KeyboardInterrupt:

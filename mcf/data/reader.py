@@ -130,7 +130,8 @@ class ShardFiles:
         length = int.from_bytes(self._bytes(shard, name, np.lib.format.MAGIC_LEN, width), "little")
         if length > 1 << 16:
             raise ValueError(f"a header of {length} bytes")
-        header = self._bytes(shard, name, begin, length)
+        # From the start, where a read has just gone well: each new place of a file may fail anew.
+        header = self._bytes(shard, name, 0, begin + length)[begin:]
         # Not by NumPy, which has Python's parser do it: of CPython 3.11 that fails now and then where other threads parse
         # or import at the same time ("SystemError: AST constructor recursion depth mismatch").
         if not (found := _HEADER.fullmatch(header)):
