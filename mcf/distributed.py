@@ -246,13 +246,26 @@ def gather(tensor: Tensor) -> Tensor:
     Args:
         tensor: […], the same shape on all ranks, on the group's device.
     """
-    size = dist.get_world_size()
-    tensor = tensor.detach().contiguous()
-    result = tensor.new_empty((size, *tensor.shape))
-    # Flat views: gloo and NCCL then agree on what a tensor without dimensions, or an empty one, means.
-    if tensor.numel():
-        _all_gather(result.view(-1), tensor.view(-1))
-    return result
+    return Gathering(tensor).result()
+
+
+class Gathering:
+    """A `gather` on its way: what is computed until its result is asked for does not wait for other ranks."""
+
+    def __init__(self, tensor: Tensor):
+        tensor = tensor.detach().contiguous()
+        self._result = tensor.new_empty((dist.get_world_size(), *tensor.shape))
+        self._work: Any = None
+        # Flat views: gloo and NCCL then agree on what a tensor without dimensions, or an empty one, means.
+        if tensor.numel():
+            self._work = _all_gather(self._result.view(-1), tensor.view(-1), async_op=True)
+
+    def result(self) -> Tensor:
+        """[W, …], as `gather` gives it. On a GPU the stream waits for it, and not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
 
 
 def gather_on(tensor: Tensor, rank: int) -> Tensor | None:

@@ -1,6 +1,6 @@
 """One optimiser step, as the paper's algorithm reads (METHOD 1).
 
-    keys:      momentum encoder on mask B, gathered from all ranks, no gradient
+    keys:      momentum encoder on mask B, gathered from all ranks behind the queries' way forward, no gradient
     queries:   encoder on mask A → decoder → pseudo image; class token → projector → predictor
     loss:      teacher's features of pseudo image and image, contrast of queries and keys
     step:      applied if all ranks found it finite; else nothing has changed
@@ -121,7 +121,7 @@ class Step:
                 mask = dropped(ids_restore, ids_keep.shape[1])
                 self.mark("forward")
                 pred, q = self.engine(batch.images, ids_keep, ids_restore)
-                terms = self.objective(batch.images, pred, q, *self.negatives(keys, index), mask)
+                terms = self.objective(batch.images, pred, q, *self.negatives(keys(), index), mask)
                 self.mark("backward")
                 self.engine.backward(terms["total"])
 
@@ -140,8 +140,11 @@ class Step:
         return outcome
 
     @torch.no_grad()
-    def keys(self, chunk: list[Batch], m: float) -> Tensor:
-        """Keys of a chunk of micro-batches from all ranks, of length 1, in the order of positions: [samples, dim]."""
+    def keys(self, chunk: list[Batch], m: float) -> Callable[[], Tensor]:
+        """Start to gather the keys of a chunk of micro-batches; what is returned waits for them.
+
+        They come from all ranks, of length 1, in the order of positions: [samples, dim].
+        """
         keys = []
         for batch in chunk:
             if self.recipe.momentum.update == "micro_batch":
@@ -149,8 +152,9 @@ class Step:
             with self.autocast():
                 k = self.momentum(batch.images, self.masks.of_momentum(batch))
             keys.append(F.normalize(k.float(), dim=-1))
+        gathering = distributed.Gathering(torch.cat(keys))
         # The i-th sample of rank r is the one at position W·i + r.
-        return distributed.gather(torch.cat(keys)).transpose(0, 1).flatten(0, 1)
+        return lambda: gathering.result().transpose(0, 1).flatten(0, 1)
 
     def negatives(self, keys: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """What micro-batch `index` of a chunk is held against: keys, and the row of each sample's own among them.

@@ -114,7 +114,7 @@ def test_cpu_quota(tmp_path):
 
 
 COLLECTIVES = """
-import os, torch
+import os, time, torch
 from mcf.distributed import *
 from mcf.distributed import gather_objects
 from mcf.errors import UserError
@@ -135,6 +135,19 @@ assert torch.equal(gather(strided)[-1], torch.arange(6).view(2, 3).t() + n - 1)
 assert number.tolist() == list(range(n)) and number.shape == (n,)
 assert gather(torch.empty(0, 4)).shape == (n, 0, 4)
 assert gather(torch.tensor([r == 0])).tolist() == [[i == 0] for i in range(n)]
+
+# On its way it waits for nobody: the last rank comes a second late, and the others find that out when they ask.
+barrier()
+began = time.monotonic()
+if n > 1 and r == n - 1:
+    time.sleep(1)
+sent = torch.full((4,), float(r))
+gathering = Gathering(sent)
+started = time.monotonic() - began
+result = gathering.result()
+assert torch.equal(result, torch.arange(n).float()[:, None].expand(n, 4)) and gathering.result() is result
+if n > 1 and r < n - 1:
+    assert started < 0.5 < time.monotonic() - began
 
 x = torch.tensor([1.0, 10.0 * r])
 assert mean(x).tolist() == [1.0, 5.0 * (n - 1)] and x.tolist() == [1.0, 10.0 * r]

@@ -200,6 +200,27 @@ def test_every_query_meets_the_keys_of_its_neighbours_and_its_own(world, scope, 
         assert torch.equal(given[label], keys[position])
 
 
+def test_keys_are_gathered_behind_the_way_forward(world, monkeypatch):
+    """They are asked for when the queries are there, and not before: other ranks have that long to send theirs."""
+    told: list[str] = []
+
+    class Told(distributed.Gathering):
+        def __init__(self, tensor):
+            told.append("gather")
+            super().__init__(tensor)
+
+        def result(self):
+            told.append("ask")
+            return super().result()
+
+    monkeypatch.setattr(distributed, "Gathering", Told)
+    step = build(world)
+    step.engine.module.register_forward_pre_hook(lambda *_: told.append("forward"))
+    step.objective.register_forward_pre_hook(lambda *_: told.append("loss"))
+    assert step(0, batches(0)).applied
+    assert told == ["gather", "forward", "ask", "loss"] * (BATCH // MICRO)
+
+
 # --------------------------------------------------------------------------------------------------- in a whole run
 
 
