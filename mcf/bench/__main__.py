@@ -1,4 +1,4 @@
-"""`python -m mcf.bench part=loader|pack|step|levers|fed key=value …`: hands over to the part's module, which has its own keys."""
+"""`python -m mcf.bench part=loader|pack|step|levers|traffic|fed key=value …`: hands over to the part's module, which has its own keys."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ PARTS = {
     "pack": "images/s of cutting faces out of tars",
     "step": "images/s of the training step",
     "levers": "what each lever of the step's speed is worth, alone and together",
+    "traffic": "what the step's networks move and multiply, counted: bounds of images/s on a GPU",
     "fed": "what the training step loses to the loader that feeds it",
 }
 

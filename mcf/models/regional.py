@@ -9,7 +9,7 @@ gradient: a handful of graphs, in a minute or two at the first step, and none af
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -18,14 +18,14 @@ from mcf.models.vit import Block
 BACKEND = "inductor"
 
 
-def compile_blocks(*networks: nn.Module) -> None:
+def compile_blocks(*networks: nn.Module, backend: str | Callable = BACKEND) -> None:
     """Have torch compile every block of these networks at its first call. Names and values of tensors stay.
 
     Sums are added in another order, and under autocast less of what lies between matrix products is rounded to bfloat16.
     """
     for block in _blocks(networks):
         # Shapes do not change in training, and a graph for any size would be a slower one.
-        block.compile(backend=BACKEND, dynamic=False)
+        block.compile(backend=backend, dynamic=False)
 
 
 def recompute_blocks(*networks: nn.Module) -> None:
