@@ -1,4 +1,4 @@
-"""`python -m mcf.bench part=loader|pack|step|levers|fed key=value …`: hands over to the part's module, which has its own keys."""
+"""`python -m mcf.bench part=loader|pack|step|levers|fed|attention key=value …`: hands over to the part's module, which has its own keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ PARTS = {
     "step": "images/s of the training step",
     "levers": "what each lever of the step's speed is worth, alone and together",
     "fed": "what the training step loses to the loader that feeds it",
+    "attention": "times of attention's implementations, and the table that `attention: auto` goes by",
 }
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     if not named and any(word in ("-h", "--help", "help") for word in rest):
         print(f"mcf.bench: {cli.VERBS['bench']}\n")
         print("usage: python -m mcf.bench part=PART key=value …   (part=PART --help lists its keys)")
-        print("\n".join(f"  part={part:8} {does}" for part, does in PARTS.items()))
+        print("\n".join(f"  part={part:10} {does}" for part, does in PARTS.items()))
         return 0
     if len(named) != 1 or named[0] not in PARTS:
         raise UserError(f"part={','.join(named) or 'not set'}; give one of: {', '.join(f'part={p}' for p in PARTS)}")
