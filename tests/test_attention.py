@@ -51,12 +51,11 @@ def formula(q, k, v):
     """One query at a time, in float64."""
     q, k, v = q.double(), k.double(), v.double()
     rows = []
-    for b in range(q.shape[0]):
-        for n in range(q.shape[1]):
-            for h in range(q.shape[2]):
-                scores = k[b, :, h] @ q[b, n, h] / q.shape[-1] ** 0.5
-                rows.append(torch.softmax(scores, 0) @ v[b, :, h])
-    return torch.stack(rows).view(q.shape)
+    for n in range(q.shape[1]):
+        scores = (k * q[:, n : n + 1]).sum(3, keepdim=True) / q.shape[3] ** 0.5
+        weights = (scores - scores.amax(1, keepdim=True)).exp()
+        rows.append((weights * v).sum(1) / weights.sum(1))
+    return torch.stack(rows, 1)
 
 
 def apart(function, shape, dtype, device="cpu"):
