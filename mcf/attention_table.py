@@ -2,7 +2,8 @@
 
 The rows are in attention_table.csv beside this file. `python -m mcf.bench part=attention record=true` measures the machine
 at hand and writes them. What nobody has measured is not among them, and nothing is measured while training runs: ranks
-would come to different choices, and no run could be repeated.
+would come to different choices, and no run could be repeated. Processors are measured with one thread: each of several
+does the same work on images and heads of its own.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ so in one line."""
 import logging
 import sys
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from mcf import attention, attention_table
 from mcf.attention_table import Key, Row
+from mcf.config import Recipe
+from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
 
 # Tokens, heads, width of a head: ViT-B's encoder, teacher and decoder with fewer heads, and two odd ones.
@@ -206,6 +209,11 @@ def test_what_a_backend_does_not_do_is_one_line():
     """PyTorch's kernel for CPUs has no integers."""
     with pytest.raises(UserError, match=r"^attention=flash: does not work here in int32 with heads of 8: .*=auto$"):
         attention.resolve("flash", "cpu", torch.int32, 4, 8)
+
+
+@pytest.mark.parametrize("schema", [Recipe, FinetuneConfig])
+def test_recipes_have_all_names(schema):
+    assert set(get_args(schema.model_fields["attention"].annotation)) == set(attention.IMPLEMENTATIONS)
 
 
 def test_unknown_names_are_refused():

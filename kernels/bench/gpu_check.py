@@ -40,8 +40,11 @@ LEVERS_S = 100
 """How long levers are tried, each begun before its end."""
 ATTENTION_S = 30
 """How long attention is timed, each shape begun before its end."""
-LENT = ("errors.py", "attention.py", "attention_table.py", "attention_table.csv", "memory.py", *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
-        "bench/blocks.py", "bench/attention.py")  # fmt: skip
+LENT = (
+    "errors.py", "memory.py", "attention.py", "attention_table.py", "attention_table.csv",
+    *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
+    "bench/blocks.py", "bench/attention.py",
+)  # fmt: skip
 """What of mcf needs torch alone, for `mcf.bench.blocks` and `mcf.bench.attention`."""
 VERSIONS = """
 import platform, numpy, pytest, torch, triton

@@ -1,8 +1,10 @@
 """Times of attention: what is wrong is not timed, and what is printed and recorded is a row of the table."""
 
 import csv
+import itertools
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -114,6 +116,28 @@ def test_inputs_lie_as_in_a_block():
     out, gradient = bench.call("flash", qkv, above)
     assert out.shape == above.shape and gradient.shape == qkv.shape
     assert len(bench.call("flash", *bench.case((7, 2, 8), torch.bfloat16, 3, CPU, False))) == 1
+
+
+@pytest.mark.parametrize("threads, waits", [(1, False), (2, True)])
+def test_one_thread_is_timed_by_what_it_does_and_not_by_what_it_waits(threads, waits, monkeypatch):
+    called: list[str] = []
+
+    def call(name, *_):
+        called.append(name)
+        time.sleep(0.05 if name == "slow" else 0)
+
+    monkeypatch.setattr(bench, "call", call)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        taken = bench.take_turns(["quick", "slow"], bench.case((7, 2, 8), torch.float32, 1, CPU, False), CPU, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(len(samples) == 3 for samples in taken.values())
+    # A sleep of 50 ms, of which this process computes hardly anything.
+    assert all((us > 49_000) == waits for us in taken["slow"])
+    turns = [name for name, _ in itertools.groupby(called)]
+    assert sorted(called) == ["quick"] * 15 + ["slow"] * 15 and len(turns) >= 6, "they take turns"
 
 
 def test_it_stops_beginning_when_time_is_over(table, capsys):
