@@ -22,7 +22,7 @@ setup(
     # `kernels` is another project's name on PyPI: ours is a package inside mcf, in a folder of its own.
     packages=["mcf.kernels", "mcf.kernels.bench", *find_packages(include=["mcf", "mcf.*"]), "mcf.recipes"],
     package_dir={"mcf": "mcf", "mcf.kernels": "kernels", "mcf.recipes": "recipes"},
-    package_data={"mcf.recipes": ["*.yaml", "machines/*.yaml"]},
+    package_data={"mcf": ["attention_table.csv"], "mcf.recipes": ["*.yaml", "machines/*.yaml"]},
     install_requires=[
         "torch>=2.10,<2.15",
         "deepspeed>=0.19,<0.20",

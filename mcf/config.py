@@ -370,7 +370,7 @@ class Recipe(Section):
         "auto",
         description="what computes the operations that have kernels: triton (NVIDIA GPUs), reference (plain PyTorch), auto",
     )
-    attention: Literal["auto", "xformers", "sdpa", "math"] = Field(
+    attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = Field(
         "auto", description="which implementation of attention"
     )
     model: ModelConfig = ModelConfig()

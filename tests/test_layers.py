@@ -70,7 +70,8 @@ ARROWS = {
     },
     "mcf.memory": set(),
     "mcf.precision": set(),
-    "mcf.attention": {"mcf.errors"},
+    "mcf.attention_table": {"mcf.errors"},
+    "mcf.attention": {"mcf.attention_table", "mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
@@ -118,7 +119,7 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.memory", "mcf.models", "mcf.pack",
+        "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.memory", "mcf.models", "mcf.pack",
         "mcf.plan", "mcf.precision", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip

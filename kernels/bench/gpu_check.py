@@ -1,6 +1,6 @@
 """All that only a GPU can show, in eight minutes: `make gpu-check OUT=FOLDER`, or `python gpu_check.py FOLDER`.
 
-    tests marked gpu ──► benchmark ──► levers of the networks ──► compute-sanitizer, where it is installed
+    tests marked gpu ──► benchmark ──► attention ──► levers of the networks ──► compute-sanitizer, where it is installed
 
 It needs torch, triton, numpy and pytest, and nothing installed of mcf: this file alone is run, and gives what it starts
 an import path on which mcf.kernels is the folder it lies in, and of mcf what needs torch alone. The results lie in FOLDER:
@@ -8,6 +8,7 @@ an import path on which mcf.kernels is the folder it lies in, and of mcf what ne
     machine.txt        nvidia-smi, versions
     tests.txt .xml     the tests, in words and as JUnit XML
     bench.txt .csv .md the benchmark
+    attention.txt .csv attention's implementations at ViT-B's shapes, and rows for the table that `attention: auto` goes by
     levers.txt .csv    encoder, decoder and teacher of ViT-B: what each lever of their speed is worth
     sanitizer-*.txt    memcheck and racecheck over every kernel
     summary.txt        what passed, what did not, what was left out
@@ -37,9 +38,14 @@ GRACE_S = 10
 """What is out of time is interrupted, and has so long to write what it has before it is killed."""
 LEVERS_S = 100
 """How long levers are tried, each begun before its end."""
-LENT = ("errors.py", "attention.py", *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
-        "bench/blocks.py")  # fmt: skip
-"""What of mcf needs torch alone, for `mcf.bench.blocks`."""
+ATTENTION_S = 30
+"""How long attention is timed, each shape begun before its end."""
+LENT = (
+    "errors.py", "memory.py", "attention.py", "attention_table.py", "attention_table.csv",
+    *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
+    "bench/blocks.py", "bench/attention.py",
+)  # fmt: skip
+"""What of mcf needs torch alone, for `mcf.bench.blocks` and `mcf.bench.attention`."""
 VERSIONS = """
 import platform, numpy, pytest, torch, triton
 print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), triton "
@@ -171,11 +177,14 @@ def _parts(check: Check) -> None:
 
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     reserved = 2 * SANITIZER_S if sanitizer and gpu else 0
-    seconds = max(30, check.left() - reserved - LEVERS_S - 60)
+    seconds = max(30, check.left() - reserved - LEVERS_S - ATTENTION_S - 80)
     bench = [python, "-m", "mcf.kernels.bench", f"out={check.out}", f"seconds={seconds:.0f}"]
     check.run("bench", bench, seconds + 30)
 
-    # Without a GPU a small one shows that it runs.
+    # Without a GPU a small one of each shows that it runs.
+    small = ["rounds=10"] if gpu else ["shapes=encoder", "batch=1", "rounds=1"]
+    attention = [python, "-m", "mcf.bench.attention", f"csv_file={check.out / 'attention.csv'}", *small]
+    check.run("attention", [*attention, f"seconds={ATTENTION_S}"], ATTENTION_S + 20)
     small = [] if gpu else ["only=sdpa", "size=32", "depth=1", "batch=2", "rounds=1"]
     blocks = [python, "-m", "mcf.bench.blocks", f"out={check.out}", f"seconds={LEVERS_S - 30}", *small]
     check.run("levers", blocks, LEVERS_S + 20)

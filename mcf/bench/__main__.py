@@ -1,4 +1,4 @@
-"""`python -m mcf.bench part=loader|pack|step|levers|traffic|fed key=value …`: hands over to the part's module, which has its own keys."""
+"""`python -m mcf.bench part=PART key=value …`: hands over to the part's module, which has its own keys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ PARTS = {
     "levers": "what each lever of the step's speed is worth, alone and together",
     "traffic": "what the step's networks move and multiply, counted: bounds of images/s on a GPU",
     "fed": "what the training step loses to the loader that feeds it",
+    "attention": "times of attention's implementations, and the table that `attention: auto` goes by",
 }
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     if not named and any(word in ("-h", "--help", "help") for word in rest):
         print(f"mcf.bench: {cli.VERBS['bench']}\n")
         print("usage: python -m mcf.bench part=PART key=value …   (part=PART --help lists its keys)")
-        print("\n".join(f"  part={part:8} {does}" for part, does in PARTS.items()))
+        print("\n".join(f"  part={part:10} {does}" for part, does in PARTS.items()))
         return 0
     if len(named) != 1 or named[0] not in PARTS:
         raise UserError(f"part={','.join(named) or 'not set'}; give one of: {', '.join(f'part={p}' for p in PARTS)}")

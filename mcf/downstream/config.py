@@ -121,7 +121,9 @@ class FinetuneConfig(Section):
     input_size: Positive = Field(448, description="side of the network's input, pixels; a multiple of the patch side")
     ema: Decay = Field(0.999, description="decay of the average of weights that is evaluated")
     pictures: NonNegative = Field(8, description="faces in each picture (0: no pictures)")
-    attention: Literal["auto", "xformers", "sdpa", "math"] = Field("auto", description="implementation of attention")
+    attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = Field(
+        "auto", description="implementation of attention"
+    )
     head: HeadConfig = HeadConfig()
     heatmap: HeatmapConfig = HeatmapConfig()
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()

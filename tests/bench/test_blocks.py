@@ -61,13 +61,13 @@ def test_it_runs_where_torch_is_all_there_is(tmp_path):
 
 def test_a_row_says_what_a_lever_does_and_one_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     chosen = {
-        "no": {"attention": "flash"},
+        "no": {"attention": "fastest"},
         "stream": {"stream": True},
         "recomputed": {"recompute": ("teacher", "decoder")},
     }
     assert blocks.measure(SMALL, CPU, chosen, batch=2, rounds=3, seconds=60, out=tmp_path) == 1
     no, stream, recomputed = csv.DictReader((tmp_path / "levers.csv").open())
-    assert no["failed"].startswith("UserError: attention=flash: unknown") and not no["images_per_second"]
+    assert no["failed"].startswith("UserError: attention=fastest: unknown") and not no["images_per_second"]
     for row in (stream, recomputed):
         assert float(row["images_per_second"]) > 0 and float(row["times"]) > 0 and not row["failed"]
     assert float(recomputed["gradient_difference"]) == float(recomputed["loss_difference"]) == 0

@@ -57,6 +57,10 @@ def test_gpu_check_runs_with_nothing_installed(bare_python, tmp_path):
     assert done.returncode != 0
     summary = (out / "summary.txt").read_text()
     assert "no CUDA device was found" in summary and "bench: passed" in summary, done.stdout[-4000:]
+    assert "attention: passed" in summary and "levers: passed" in summary, done.stdout[-4000:]
+    assert (out / "attention.csv").read_text().count("\n50,12,64,") == 12, (
+        "three implementations, two types, two passes"
+    )
     assert "needs a CUDA device" in (out / "tests.txt").read_text() and "error" not in (out / "tests.txt").read_text()
     assert "tests: passed" in summary and "skipped" in summary and "warning" not in summary
     assert (out / "tests.xml").read_text().count("<skipped") >= 1
