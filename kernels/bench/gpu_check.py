@@ -37,7 +37,7 @@ GRACE_S = 10
 """What is out of time is interrupted, and has so long to write what it has before it is killed."""
 LEVERS_S = 100
 """How long levers are tried, each begun before its end."""
-LENT = ("errors.py", "attention.py", *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
+LENT = ("errors.py", "attention.py", *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "float8", "regional")),
         "bench/blocks.py")  # fmt: skip
 """What of mcf needs torch alone, for `mcf.bench.blocks`."""
 VERSIONS = """
