@@ -102,7 +102,13 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> T
     with torch.autocast(x.device.type, enabled=False):
         # Sums keep float32's bits on a GPU, too: `use_fast_accum` would leave fewer of them.
         y = torch._scaled_mm(
-            rows, weight.t(), scale_a=row_scale, scale_b=scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=False
+            rows,
+            weight.t(),
+            scale_a=row_scale,
+            scale_b=scale,
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,
         )
     return y.view(*x.shape[:-1], -1)
 
