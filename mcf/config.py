@@ -127,6 +127,12 @@ class TeacherConfig(Section):
         description="type of what flows between its blocks where train.precision is bf16: in bfloat16 every sum of a block "
         "is rounded too (docs/performance.md has the error)",
     )
+    products: Literal["bfloat16", "float8"] = Field(
+        "bfloat16",
+        description="type of what its blocks' matrix products multiply where train.precision is bf16: float8 rounds weights, "
+        "tokens and gradients to 3 bits of mantissa, each row by its own scale, for the double rate of GPUs from compute "
+        "capability 8.9 on; widths are multiples of 16",
+    )
     heads: Positive = Field(12, description="attention heads (no file states them)")
     width: Positive = Field(768, description="width of a random teacher; files bring their own")
     depth: Positive = Field(12, description="blocks of a random teacher; files bring their own")

@@ -28,6 +28,7 @@ from mcf.distributed import World
 from mcf.engine import Engine
 from mcf.errors import UserError
 from mcf.kernels.dispatch import unavailable
+from mcf.models import float8
 from mcf.models.mcf import MCF, Objective, build_student, dropped
 from mcf.models.momentum import MomentumBranch
 from mcf.models.regional import compile_blocks, recompute_blocks
@@ -72,6 +73,8 @@ class Step:
             raise UserError(f"kernels=triton: {why}; use kernels=auto")
         if recipe.train.precision == "auto":
             raise ValueError("train.precision=auto: mcf.precision.choose has to say first which it is")
+        if _in_float8(recipe) and (why := float8.unavailable(world.device)):
+            raise UserError(f"teacher.products=float8: {why}; use teacher.products=bfloat16")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
         self.masks = Masks(recipe)
         student = build_student(recipe)
@@ -193,6 +196,11 @@ class Step:
     def autocast(self) -> torch.autocast:
         """Matrix work in bfloat16 if the recipe says so; the engine and the objective do the same by themselves."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
+
+def _in_float8(recipe: Recipe) -> bool:
+    """Whether the teacher's products are: like its stream, only where the matrix work is not in float32."""
+    return bool(recipe.loss.feature) and recipe.teacher.products == "float8" and recipe.train.precision == "bf16"
 
 
 class Masks:

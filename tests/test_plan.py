@@ -218,8 +218,9 @@ def test_checkpoint_is_as_large_as_its_tensors():
         ["loss.feature=0", "loss.pixel=0"],
         ["speed.recompute=[encoder,decoder,teacher]", "model.depth=8", "teacher.depth=6", "teacher.taps=[1,5]"],
         ["speed.recompute=[teacher]", "teacher.stream=bfloat16"],
+        ["teacher.products=float8"],
     ],
-    ids=["small", "wide", "contrast alone", "recomputed", "teacher recomputed"],
+    ids=["small", "wide", "contrast alone", "recomputed", "teacher recomputed", "float8"],
 )
 def test_activations_are_what_autograd_keeps(precision, extra):
     """Every tensor that autograd saves in a real forward pass is counted, parameters aside."""

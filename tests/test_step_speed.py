@@ -207,6 +207,7 @@ WAYS: dict[str, dict] = {
     "the whole step": {"contrast__scope": "step", "momentum__update": "step", "loss__pixel": 1.0},
     "synchronised": {"model__projection__batch_norm": "synchronised"},
     "recomputed": {"speed__recompute": list(PARTS), "mask__momentum": "none"},
+    "float8": {"train__precision": "bf16", "teacher__products": "float8"},
 }
 
 

@@ -42,7 +42,7 @@ ATTENTION_S = 30
 """How long attention is timed, each shape begun before its end."""
 LENT = (
     "errors.py", "memory.py", "attention.py", "attention_table.py", "attention_table.csv",
-    *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "regional")),
+    *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "float8", "regional")),
     "bench/blocks.py", "bench/attention.py",
 )  # fmt: skip
 """What of mcf needs torch alone, for `mcf.bench.blocks` and `mcf.bench.attention`."""

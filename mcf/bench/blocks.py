@@ -27,14 +27,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcf import kernels
+from mcf.models import float8
 from mcf.models.decoder import Decoder
 from mcf.models.patches import unpatchify
 from mcf.models.regional import compile_blocks, recompute_blocks
 from mcf.models.teacher import Teacher
 from mcf.models.vit import VisionTransformer
 
-NONE: dict[str, Any] = {"attention": "math", "kernels": "reference", "compile": False, "stream": False, "recompute": ()}
-# `all` leaves out what has to do with memory, and takes attention as it comes.
+NONE: dict[str, Any] = {
+    "attention": "math", "kernels": "reference", "compile": False, "stream": False, "float8": False, "recompute": ()
+}  # fmt: skip
+# `all` leaves out what has to do with memory and what rounds more than a run does by default, and takes attention as it
+# comes.
 LEVERS: dict[str, dict[str, Any]] = {
     "attention: sdpa": {"attention": "sdpa"},
     "attention: xformers": {"attention": "xformers"},
@@ -42,6 +46,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "compiled blocks": {"compile": True},
     "teacher's stream bf16": {"stream": True},
     "all": {"attention": "auto", "kernels": "auto", "compile": True, "stream": True},
+    "teacher float8": {"float8": True},
+    "teacher float8 + compiled + stream": {"float8": True, "compile": True, "stream": True},
     "teacher recomputed": {"recompute": ("teacher",)},
     "all recomputed": {"recompute": ("encoder", "decoder", "teacher")},
 }
@@ -110,6 +116,8 @@ def build(shape: dict[str, Any], device: torch.device, levers: dict[str, Any]) -
         heads=heads, **common,
     )  # fmt: skip
     teacher = Teacher(vit.state_dict(), heads=shape["heads"], taps=shape["taps"], **common)
+    if levers["float8"]:
+        teacher.to_float8()
     if levers["stream"]:
         teacher.to_stream(torch.bfloat16)
     else:
@@ -156,7 +164,7 @@ def measure(
     print(
         f"batch {batch}, {flops / 1e9:.1f} GFLOP an image, bfloat16 products at {peak / 1e12:.2f} TFLOP/s, "
         f"torch {torch.__version__}\n"
-        f"{'lever':24}{'images/s':>10}{'none':>9}{'times':>7}{'MiB':>8}{'none':>8}{'launches':>9}{'of matmul':>10}"
+        f"{'lever':36}{'images/s':>10}{'none':>9}{'times':>7}{'MiB':>8}{'none':>8}{'launches':>9}{'of matmul':>10}"
         f"{'loss ±':>9}{'gradient ±':>11}",
         flush=True,
     )
@@ -168,6 +176,8 @@ def measure(
             row: dict[str, Any] = {"lever": name}
             if time.monotonic() - began > seconds:
                 row["failed"] = f"left out: {seconds:.0f} s were over"
+            elif keys.get("float8") and (why := float8.unavailable(device)):
+                row["failed"] = f"left out: {why}"
             else:
                 try:
                     row |= _beside(none, build(shape, device, {**NONE, **keys}), images, shape["patch"], rounds)
@@ -274,9 +284,9 @@ def matmul_rate(device: torch.device) -> float:
 def line(row: dict[str, Any]) -> str:
     """A row for a person."""
     if row.get("failed"):
-        return f"{row['lever']:24}{row['failed']}"
+        return f"{row['lever']:36}{row['failed']}"
     return (
-        f"{row['lever']:24}{row['images_per_second']:10.1f}{row['none_images_per_second']:9.1f}{row['times']:7.2f}"
+        f"{row['lever']:36}{row['images_per_second']:10.1f}{row['none_images_per_second']:9.1f}{row['times']:7.2f}"
         f"{row['peak_mib']:8.0f}{row['none_peak_mib']:8.0f}{row['launches'] or '':>9}{row['of_matmul']:10.0%}"
         f"{row['loss_difference']:9.1e}{row['gradient_difference']:11.1e}"
     )

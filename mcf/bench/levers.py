@@ -27,10 +27,11 @@ from mcf.bench.meter import machine_name
 from mcf.bench.step import DEFAULT_RECIPE, Contestant, race, sized
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.errors import UserError
+from mcf.models import float8
 
 NONE: dict[str, Any] = {
     "kernels": "reference", "attention": "math", "teacher.stream": "float32", "speed.compile": "none", "speed.recompute": (),
-    "speed.keep_memory": False,
+    "teacher.products": "bfloat16", "speed.keep_memory": False,
 }  # fmt: skip
 
 
@@ -55,6 +56,13 @@ LEVERS: dict[str, Lever] = {
     "kernels": Lever({"kernels": "triton"}, devices=("cuda",)),
     "compiled blocks": Lever({"speed.compile": "blocks"}),
     "teacher's stream bf16": Lever({"teacher.stream": "bfloat16"}, precisions=("bf16",)),
+    # Another rounding than a run is asked to have by default: not among `all`.
+    "teacher float8": Lever({"teacher.products": "float8"}, precisions=("bf16",), together=False),
+    "teacher float8 + compiled + stream": Lever(
+        {"teacher.products": "float8", "teacher.stream": "bfloat16", "speed.compile": "blocks"},
+        precisions=("bf16",),
+        together=False,
+    ),
     "teacher recomputed": Lever({"speed.recompute": ("teacher",)}, together=False),
     "all recomputed": Lever({"speed.recompute": ("encoder", "decoder", "teacher")}, together=False),
 }
@@ -101,6 +109,8 @@ def main(argv: list[str]) -> int:
         for name, keys in levers(device.type, chosen, config.only).items():
             if config.seconds and time.monotonic() - began > config.seconds:
                 row: dict[str, Any] = {"left out": f"{config.seconds} s were over"}
+            elif keys.get("teacher.products") == "float8" and (why := float8.unavailable(device)):
+                row = {"left out": why}
             else:
                 row = beside(none, name, with_keys(plain, keys), device, warmup=config.warmup, steps=config.steps)
             result["rows"][name] = {"keys": {key: str(value) for key, value in keys.items()}, **row}
@@ -175,7 +185,7 @@ def heading(result: dict[str, Any]) -> str:
     return (
         f"{result['recipe']}, batch {result['batch']}, {result['precision']}, {result['device']}, {result['threads']} "
         f"threads, torch {result['torch']}, Python {result['python']}\n"
-        f"{'lever':24}{'images/s':>10}{'none':>8}{'times':>8}{'MiB':>9}{'of none':>9}{'loss ±':>10}{'gradient ±':>12}"
+        f"{'lever':36}{'images/s':>10}{'none':>8}{'times':>8}{'MiB':>9}{'of none':>9}{'loss ±':>10}{'gradient ±':>12}"
     )
 
 
@@ -183,9 +193,9 @@ def line(name: str, row: dict[str, Any]) -> str:
     """A row for a person."""
     for why in ("failed", "left out"):
         if why in row:
-            return f"{name:24}{why}: {row[why]}"
+            return f"{name:36}{why}: {row[why]}"
     return (
-        f"{name:24}{row['images_per_second']:10.2f}{row['none_images_per_second']:8.2f}{row['ratio']:8.2f}"
+        f"{name:36}{row['images_per_second']:10.2f}{row['none_images_per_second']:8.2f}{row['ratio']:8.2f}"
         f"{row['peak_memory'] / 2**20:9.0f}{row['memory_ratio']:9.2f}{row['loss_difference']:10.1e}"
         f"{row['gradient_difference']:12.1e}"
     )

@@ -95,10 +95,11 @@ class Objective(nn.Module):
 
     Args:
         recipe: weights of the terms, temperature, axis, precision, kernels.
-        teacher: the frozen teacher; None only where loss.feature is 0. In bf16 its matrices are cast, once.
+        teacher: the frozen teacher; None only where loss.feature is 0. In bf16 its matrices are cast, once, to
+            what teacher.products says.
 
     Raises:
-        UserError: loss.feature is not 0, and there is no teacher.
+        UserError: loss.feature is not 0, and there is no teacher; teacher.products=float8, and its widths do not fit.
     """
 
     def __init__(self, recipe: Recipe, teacher: Teacher | None):
@@ -115,6 +116,8 @@ class Objective(nn.Module):
         self.autocast = recipe.train.precision == "bf16"
         self.teacher = teacher if recipe.loss.feature else None
         if self.teacher is not None and self.autocast:
+            if recipe.teacher.products == "float8":
+                self.teacher.to_float8()
             cast = self.teacher.to_stream if recipe.teacher.stream == "bfloat16" else self.teacher.to_autocast
             cast(torch.bfloat16)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mcf.errors import UserError
 from mcf.kernels import feature_tap
-from mcf.models.vit import VisionTransformer
+from mcf.models.float8 import Float8Linear
+from mcf.models.vit import Block, VisionTransformer
 
 
 class Teacher(nn.Module):
@@ -70,6 +71,24 @@ class Teacher(nn.Module):
         for module in self.vit.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
+        return self
+
+    def to_float8(self) -> Teacher:
+        """Compute the products of qkv, proj, fc1 and fc2 of every block in float8 (`mcf.models.float8`), both ways.
+
+        The images' features and the pseudo images' come from the same rounded weights: an image has a loss of 0 against
+        itself. Patches, norms, attention and the stream stay as they are. To be called before `to_autocast` and
+        `to_stream`, so that weights are rounded once; these leave float8 layers alone.
+
+        Raises:
+            UserError: a width that is no multiple of 16.
+        """
+        for block in self.vit.blocks:
+            assert isinstance(block, Block)
+            for part, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("fc1", "fc2"))):
+                for name in names:
+                    if isinstance(layer := getattr(part, name), nn.Linear):
+                        setattr(part, name, Float8Linear(layer))
         return self
 
     def to_stream(self, dtype: torch.dtype) -> Teacher:

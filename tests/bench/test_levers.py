@@ -12,6 +12,7 @@ from mcf.bench import levers
 from mcf.bench.levers import Lever
 from mcf.config import Recipe
 from mcf.errors import UserError
+from mcf.models import float8
 
 SMALL = [
     "model.image_size=64", "model.width=48", "model.depth=2", "model.heads=3", "model.decoder.width=32",
@@ -59,6 +60,20 @@ def test_levers_of_a_device_and_a_precision():
     assert list(levers.levers("cuda", "bf16", "recomputed")) == ["teacher recomputed", "all recomputed"]
     with pytest.raises(UserError, match="only=fp8: no lever has that in its name; there are memory kept, "):
         levers.levers("cpu", "fp32", "fp8")
+
+
+def test_float8_is_left_out_where_it_cannot_be_and_is_in_no_run_by_default(monkeypatch, tmp_path):
+    assert (
+        levers.NONE["teacher.products"] == "bfloat16" and "teacher.products" not in levers.levers("cuda", "bf16")["all"]
+    )
+    assert not [name for name in levers.levers("cuda", "fp32") if "float8" in name]
+    monkeypatch.setattr(float8, "unavailable", lambda device: f"{device} is too old")
+    monkeypatch.setattr(levers, "Apart", lambda *_: SimpleNamespace(close=lambda: None))
+    file = tmp_path / "levers.json"
+    assert levers.main([*SMALL, "precision=bf16", "only=float8", f"json_file={file}"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == ["teacher float8", "teacher float8 + compiled + stream"]
+    assert {row["left out"] for row in rows.values()} == {"cpu is too old"}
 
 
 def test_every_lever_is_of_keys_that_a_recipe_has():
