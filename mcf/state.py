@@ -112,10 +112,14 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
 def check_same_run(folder: Path, recipe: Recipe, data: str) -> Progress:
     """Progress of a checkpoint, after making sure that `recipe` and the data's fingerprint go on with the same run.
 
+    A key that the checkpoint does not have, since it came later, counts as having had its default: a default leaves
+    what was before it.
+
     Raises UserError, naming the keys that differ, otherwise.
     """
     progress, saved = read_progress(folder)
-    theirs, ours = _flat(saved), _flat(recipe.model_dump(mode="json"))
+    theirs = _flat(Recipe().model_dump(mode="json")) | _flat(saved)
+    ours = _flat(recipe.model_dump(mode="json"))
     differing = [
         key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key) and not _free(key)
     ]

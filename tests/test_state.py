@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_what_would_be_another_run_is_refused_and_named(tmp_path, change, said):
         state.check_same_run(saved(tmp_path, recipe()), recipe(**change), "abc")
     assert said in str(caught.value)
     assert "another name" in str(caught.value)
+
+
+def test_a_key_that_came_later_had_its_default(tmp_path):
+    """Who updates mcf goes on with the run that is there, so long as the new key does not change it."""
+    run = saved(tmp_path, recipe()) / state.RUN
+    content = json.loads(run.read_text())
+    del content["recipe"]["teacher"]["products"], content["recipe"]["speed"]
+    run.write_text(json.dumps(content))
+    assert state.check_same_run(tmp_path, recipe(), "abc").step == 7
+    with pytest.raises(UserError, match=r"teacher\.products=float8 \(was bfloat16\)"):
+        state.check_same_run(tmp_path, recipe(teacher__products="float8"), "abc")
 
 
 def test_other_data_and_another_teacher_are_refused(tmp_path):
