@@ -18,6 +18,7 @@ Each is written as it comes: whatever ends this, what was found out until then i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parents[1]
@@ -80,11 +82,14 @@ class Check:
         started = time.monotonic()
         with log.open("w") as file:
             # Not in OUT: `python -m` looks into the current folder first, and OUT may be a checkout.
-            process = subprocess.Popen(
-                command, cwd=self.path, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+            with _held() as came:
+                process = subprocess.Popen(
+                    command, cwd=self.path, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
             try:
+                for number in came:
+                    signal.raise_signal(number)
                 status = str(process.wait(timeout=max(1, min(seconds, self.left()))))
             except subprocess.TimeoutExpired:
                 status = "out of time"
@@ -108,6 +113,18 @@ class Check:
         self.lines.append(line)
         (self.out / "summary.txt").write_text("\n".join(self.lines) + "\n")
         print(f"gpu-check: {line}", flush=True)
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[list[int]]:
+    """Only note signals that end this: a process that is just being started is not yet known to who would end it."""
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

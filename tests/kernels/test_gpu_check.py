@@ -129,6 +129,23 @@ def test_gpu_check_that_is_ended_ends_what_it_began(name, status, tmp_path):
     assert (tmp_path / "summary.txt").read_text().startswith("machine: interrupted after ")
 
 
+def test_a_signal_while_a_part_is_being_started_ends_the_part(tmp_path, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)  # before anybody has been given the process
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    check = gpu_check.Check(tmp_path, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        check.run("sleeper", ["sleep", "60"], 60)
+    assert len(started) == 1 and started[0].returncode == -signal.SIGINT
+    assert check.lines[0].startswith("sleeper: interrupted after 0 s")
+
+
 def test_gpu_check_without_a_compiler_says_so(tmp_path, monkeypatch):
     check = gpu_check.Check(tmp_path, tmp_path)
     monkeypatch.setattr(gpu_check.Check, "run", lambda *arguments, **_: "torch 2.13\nNVIDIA H200\n")
