@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcf import distributed, kernels, schedule
+from mcf.attention import resolve
 from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.distributed import World
@@ -73,6 +74,10 @@ class Step:
             raise UserError(f"kernels=triton: {why}; use kernels=auto")
         if recipe.train.precision == "auto":
             raise ValueError("train.precision=auto: mcf.precision.choose has to say first which it is")
+        if recipe.attention != "auto":
+            # To be refused here: of a compiled block one would hear that it could not be compiled.
+            dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+            resolve(recipe.attention, world.device.type, dtype, head_dim=recipe.model.width // recipe.model.heads)
         if _in_float8(recipe) and (why := float8.unavailable(world.device)):
             raise UserError(f"teacher.products=float8: {why}; use teacher.products=bfloat16")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark

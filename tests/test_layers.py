@@ -87,7 +87,7 @@ ARROWS = {
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},
     "mcf.step": {
-        "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.plan",
+        "mcf.attention", "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.plan",
         "mcf.schedule",
     },
     "mcf.meters": {"mcf.data", "mcf.distributed", "mcf.step"},

@@ -267,6 +267,15 @@ def test_triton_where_it_cannot_compute_is_refused_before_anything_is_built(worl
         build(world, kernels="triton")
 
 
+@pytest.mark.parametrize("compiled", ["none", "blocks"])
+def test_attention_that_is_not_there_is_refused_before_anything_is_built(world, compiled, monkeypatch):
+    if world.device.type == "cuda":
+        pytest.skip("cuDNN may compute it here")
+    monkeypatch.setattr("mcf.step.build_student", lambda recipe: pytest.fail("a network was built"))
+    with pytest.raises(UserError, match=r"^attention=cudnn: .*; use attention=auto$"):
+        build(world, attention="cudnn", speed__compile=compiled)
+
+
 def test_kernels_and_reference_give_the_same_loss_curve(world, caplog):
     """Ten steps of the same run, every operation by Triton (its interpreter, without a GPU) and by the reference."""
 
