@@ -16,9 +16,18 @@ from mcf.config import Recipe
 from mcf.costs import Flops, Times, Traffic, count_flops, count_traffic, estimate_times
 from mcf.errors import UserError
 from mcf.machine import Machine
-from mcf.sizes import Memory, Parameters, checkpoint_bytes, count_parameters, estimate_memory, zero_stage
+from mcf.sizes import (
+    Memory,
+    Parameters,
+    checkpoint_bytes,
+    count_parameters,
+    estimate_memory,
+    largest_micro_batch,
+    zero_stage,
+)
 
 GIB = 2**30
+SPARED = 0.9  # of a GPU's memory: an allocator and libraries take the rest
 
 
 @dataclass(frozen=True)
@@ -250,14 +259,28 @@ def _notes(recipe: Recipe, samples: int, memory: Memory, machine: Machine | None
             f"{recipe.world_size} ranks of micro_batch={recipe.micro_batch} would be more than the batch: "
             f"each handles its share, {recipe.local_batch}"
         )
-    if machine and memory.total > machine.memory:
-        notes.append(
-            f"the memory of a rank is estimated at {_size(memory.total)}, a GPU of machine={recipe.machine} has "
-            f"{_size(machine.memory)}: use a smaller micro_batch, more ranks, or a higher train.zero_stage"
-        )
+    if machine:
+        notes += _fitting(recipe, memory, machine)
     if recipe.loss.feature and recipe.teacher.source == "random":
         notes.append("the teacher's weights are RANDOM: this shows that a run works, its encoder is worth nothing")
     return notes
+
+
+def _fitting(recipe: Recipe, memory: Memory, machine: Machine) -> list[str]:
+    """Whether the memory suffices, and which micro-batch fills it."""
+    fits = largest_micro_batch(recipe, SPARED * machine.memory, count_parameters(recipe))
+    if memory.total > machine.memory:
+        smaller = f"micro_batch={fits}, which fits" if fits else "a higher train.zero_stage"
+        return [
+            f"the memory of a rank is estimated at {_size(memory.total)}, a GPU of machine={recipe.machine} has "
+            f"{_size(machine.memory)}: use {smaller}, or more ranks"
+        ]
+    if fits is None or fits <= recipe.local_batch:
+        return []
+    return [
+        f"micro_batch={fits} would still fit a GPU of machine={recipe.machine}: larger products, but BatchNorm sees other "
+        "batches, and so does what the recipe counts by micro-batches (negatives, the moving average)"
+    ]
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

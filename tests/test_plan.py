@@ -4,8 +4,9 @@ import pytest
 
 from mcf import cli
 from mcf.errors import UserError
+from mcf.machine import load_machine
 from mcf.plan import Plan, make_plan
-from mcf.sizes import count_parameters, estimate_memory
+from mcf.sizes import count_parameters, estimate_memory, largest_micro_batch
 
 
 def plan(*argv: str, samples: int | None = None) -> Plan:
@@ -151,6 +152,32 @@ def test_the_momentum_branch_and_its_snapshot_are_always_there():
         parameters = count_parameters(recipe)
         parts = 4 if "train.zero_stage=3" in argv else 1
         assert estimate_memory(recipe, parameters).momentum == 2 * 4 * parameters.momentum // parts
+
+
+def test_which_micro_batch_fills_the_memory():
+    recipe = cli.load_recipe(["recipe=vit_b_20m", "machine=h200", "data.samples=20000000"])
+    machine, parameters = load_machine("h200"), count_parameters(recipe)
+    assert machine is not None
+
+    def taken(size: int) -> int:
+        return estimate_memory(recipe.model_copy(update={"micro_batch": size}), parameters).total
+
+    # Eight ranks share a batch of 4,096.
+    assert largest_micro_batch(recipe, taken(128), parameters) == 128
+    assert largest_micro_batch(recipe, taken(128) - 1, parameters) == 64
+    assert largest_micro_batch(recipe, 2 * taken(512), parameters) == 512
+    assert largest_micro_batch(recipe, taken(1) - 1, parameters) is None
+
+    def notes(memory: float) -> str:
+        return "\n".join(make_plan(recipe, machine=machine.model_copy(update={"memory": memory})).notes)
+
+    # A tenth of the memory is left to others.
+    assert "micro_batch=128 would still fit a GPU of machine=h200" in notes(1.12 * taken(128))
+    assert "fit" not in notes(1.05 * taken(128))
+    assert f"a GPU of machine=h200 has {taken(32) / 0.89 / 2**30:.1f} GiB: use micro_batch=32, which fits" in notes(
+        taken(32) / 0.89
+    )
+    assert "use a higher train.zero_stage, or more ranks" in notes(taken(1) / 2)
 
 
 def test_parameters_of_known_models():
