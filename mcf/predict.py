@@ -1,6 +1,6 @@
 """Draw what a fine-tuned model sees: `python -m mcf.predict weights=RUN images=FILE|FOLDER out=FOLDER`.
 
-    image ──► cut as in training ──► network ──► points or classes in the image's own pixels ──► OUT/NAME.png, predictions
+    image ──► cut as in training ──► network ──► points or classes in the image's own pixels ──► OUT/NAME.png, sheet.jpg
 
 There is no face detector here: a face is expected to fill its picture, or `boxes` says where it is. A model of points
 looks twice: the second cut is around the points that the first has found.
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SHEET = "sheet.jpg"
+SHOWN = 12  # pictures on the sheet
 LOOKS = 2  # of a model of points; later ones change little
 
 
@@ -32,7 +34,8 @@ class PredictConfig(Section):
     """Draw the points or classes that a fine-tuned model finds on your own pictures.
 
     Each picture is taken for one upright face that fills it, unless boxes= says where the face is. Beside the pictures,
-    points go to OUT/points.csv, classes to OUT/NAME.classes.png and their names to OUT/classes.txt.
+    points go to OUT/points.csv, classes to OUT/NAME.classes.png and their names to OUT/classes.txt. The first twelve stand
+    together on OUT/sheet.jpg.
     """
 
     weights: str = Field(description="run directory of mcf.finetune, or its model.safetensors")
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from mcf.downstream import saved
     from mcf.downstream.inference import Predictor
-    from mcf.downstream.pictures import with_classes, with_points
+    from mcf.downstream.pictures import tiles, with_classes, with_points
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -65,11 +68,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = Predictor(network.to(device), description)
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[list[str]] = []
+    shown: list[tuple[str, list[np.ndarray]]] = []
     for picture in pictures:
         image, found = predictor(picture, boxes.get(picture.name), looks=LOOKS)
         drawn = with_points(image, found) if description.task == "alignment" else with_classes(image, found)
         Image.fromarray(drawn).save(out / f"{picture.name}.png")
+        if len(shown) < SHOWN:
+            shown.append((picture.name, [image, drawn]))
         if description.task == "alignment":
             rows.append([picture.name, *(f"{value:.2f}" for value in found.ravel())])
         else:
@@ -78,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         write_points(out / "points.csv", rows, description.outputs)
     else:
         (out / "classes.txt").write_text("\n".join(description.classes) + "\n")
+    heading = f"{'Points' if rows else 'Classes'} that a model of {description.dataset} finds"
+    Image.fromarray(tiles(heading, shown)).save(out / SHEET, quality=90)
     about = {"weights": str(Path(config.weights).resolve()), "task": description.task, "dataset": description.dataset}
     (out / "predictions.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"{out}: {len(pictures)} pictures with {description.outputs} {'points' if rows else 'classes'} "

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from mcf import checkpoint, finetune, predict
 from mcf.downstream import saved
+from mcf.downstream.pictures import TILE
 from mcf.exits import RANK_LOST, SAVED
 from mcf.models.vit import VisionTransformer
 from mcf.track.jsonl import read
@@ -267,6 +268,10 @@ def test_predict_draws_points_and_classes(run, places, tmp_path, capsys):
         assert len(drawn) == (12 if name == "points" else 1)
         with Image.open(drawn[0]) as opened:
             assert opened.size == (64, 48)
+        # Each picture and what was found in it, two of them in a row.
+        with Image.open(out / "sheet.jpg") as opened:
+            cells, rows_down = opened.width // (2 * TILE), opened.height // TILE
+            assert (cells, rows_down) == ((2, 6) if name == "points" else (1, 1))
     rows = (tmp_path / "drawn-points/points.csv").read_text().splitlines()
     assert len(rows) == 13 and len(rows[1].split(",")) == 137
     with Image.open(tmp_path / "drawn-classes/1.classes.png") as opened:
