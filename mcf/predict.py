@@ -3,7 +3,7 @@
     image ──► cut as in training ──► network ──► points or classes in the image's own pixels ──► OUT/NAME.png, sheet.jpg
 
 There is no face detector here: a face is expected to fill its picture, or `boxes` says where it is. A model of points
-looks twice: the second cut is around the points that the first has found.
+looks again, at a cut around the points that it has found, until they stay where they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SHEET = "sheet.jpg"
 SHOWN = 12  # pictures on the sheet
-LOOKS = 2  # of a model of points; later ones change little
+LOOKS = 10  # of a model of points, at most
 
 
 class PredictConfig(Section):
