@@ -198,7 +198,13 @@ def test_it_is_the_same_every_time_and_no_matter_what_a_row_stands_beside(device
     first, again = run(queries, keys, labels, 0.2), run(queries, keys, labels, 0.2)
     assert torch.equal(torch.stack(first[0]), torch.stack(again[0])) and torch.equal(first[1], again[1])
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(device)
-    assert torch.equal(run(queries[order], keys, labels[order], 0.2)[1], first[1][order])
+    moved = run(queries[order], keys, labels[order], 0.2)[1]
+    if device.type == "cuda":
+        assert torch.equal(moved, first[1][order])
+    else:
+        # The interpreter's products are a BLAS's, and some add a row up in another order where it stands elsewhere: 64
+        # products and 500 keys, rounded to 2⁻²⁴ each.
+        torch.testing.assert_close(moved, first[1][order], rtol=0, atol=1e-6 * float(first[1].abs().max()))
 
 
 def test_inputs_used_twice_and_gradients_from_above(device):

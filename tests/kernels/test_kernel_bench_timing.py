@@ -31,8 +31,13 @@ def test_passes_are_timed_apart_over_inputs_of_their_own():
         return Slow.apply(x)
 
     case = sure(make=lambda generator: (torch.ones(1 << 18),), truth=function, functions={"triton": function})
-    times = timing.measure(case, function, CPU, 0.1)
-    # Sleeping lasts at least as long as asked; on a busy machine longer, and never twice as long as half of the calls.
+    # Sleeping lasts at least as long as asked, and on a busy machine now and then much longer: a pass that counted the
+    # other one would do so every time.
+    for _ in range(5):
+        seen.clear()
+        times = timing.measure(case, function, CPU, 0.1)
+        if times["forward"].p20 < 8e3:
+            break
     assert 2e3 <= times["forward"].p20 <= times["forward"].p50 <= times["forward"].p80
     assert times["backward"].p20 >= 8e3 and times["forward"].p20 < 8e3
     assert times["both"].p50 >= times["forward"].p20 + times["backward"].p20
