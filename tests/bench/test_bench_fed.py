@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mcf.bench.__main__ import main
@@ -18,7 +19,17 @@ SMALL = [
     "recipe=demo", "model.image_size=32", "model.patch_size=8", "model.width=24", "model.depth=1", "model.heads=3",
     "model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2", "model.projection.hidden=16",
     "model.projection.dim=8", "teacher.width=24", "teacher.depth=2", "teacher.heads=3", "precision=fp32",
+    # Two threads of a small network wait for each other at every operation, on a busy machine for longer than the loader.
+    "threads=1",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """As many as before for what comes after."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
