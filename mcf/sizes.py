@@ -155,11 +155,14 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
 
 
 def largest_micro_batch(recipe: Recipe, memory: float, parameters: Parameters) -> int | None:
-    """The largest micro-batch that splits a rank's share of the batch evenly and takes at most `memory` bytes; None: none does."""
+    """The largest micro-batch that splits a rank's share of the batch evenly and takes at most `memory` bytes; None: none does.
+
+    At least 2, which BatchNorm needs.
+    """
     share = recipe.batch // recipe.world_size
     fitting = (
         size
-        for size in range(share, 0, -1)
+        for size in range(share, 1, -1)
         if share % size == 0
         and estimate_memory(recipe.model_copy(update={"micro_batch": size}), parameters).total <= memory
     )

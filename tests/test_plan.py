@@ -166,7 +166,7 @@ def test_which_micro_batch_fills_the_memory():
     assert largest_micro_batch(recipe, taken(128), parameters) == 128
     assert largest_micro_batch(recipe, taken(128) - 1, parameters) == 64
     assert largest_micro_batch(recipe, 2 * taken(512), parameters) == 512
-    assert largest_micro_batch(recipe, taken(1) - 1, parameters) is None
+    assert largest_micro_batch(recipe, taken(2) - 1, parameters) is None
 
     def notes(memory: float) -> str:
         return "\n".join(make_plan(recipe, machine=machine.model_copy(update={"memory": memory})).notes)

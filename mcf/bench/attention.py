@@ -256,7 +256,12 @@ def run(argv: list[str], values: dict[str, str]) -> int:
     print("\nRows of mcf/attention_table.csv:")
     csv.writer(sys.stdout, lineterminator="\n").writerows(attention_table.cells(*item) for item in table.items())
     if record:
-        attention_table.write(attention_table.FILE, attention_table.read(attention_table.FILE) | table)
+        try:
+            attention_table.write(attention_table.FILE, attention_table.read(attention_table.FILE) | table)
+        except OSError as error:
+            raise ArgumentError(
+                f"record=true: {attention_table.FILE} cannot be written ({error.strerror}); add the rows above to it"
+            ) from None
         print(f"written into {attention_table.FILE}")
     return 1 if any(row.broken for row in everything) else 0
 

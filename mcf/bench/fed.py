@@ -16,13 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from mcf import cli, distributed
+from mcf.bench.files import JsonFile, save
 from mcf.bench.meter import machine_name, now, settle
 from mcf.bench.step import DEFAULT_RECIPE, sized
 from mcf.config import NonNegative, Positive, Recipe, Section
@@ -43,7 +43,7 @@ class FedConfig(Section):
     rounds: Positive = Field(5, description="blocks of each")
     warmup: NonNegative = Field(2, description="steps before the first block")
     threads: Positive | None = Field(None, description="CPU threads of the step; default: torch's choice")
-    json_file: str | None = Field(None, description="file for the numbers; they are printed in any case")
+    json_file: JsonFile | None = Field(None, description="file for the numbers; they are printed in any case")
 
 
 @dataclass
@@ -86,8 +86,7 @@ def main(argv: list[str]) -> int:
     result = measure(recipe, config, distributed.join())
     print(table(result))
     print(json.dumps(result))
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(result, indent=1) + "\n")
+    save(config.json_file, result)
     return 0
 
 

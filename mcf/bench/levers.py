@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from pydantic import BaseModel, Field
 
 from mcf import cli, distributed, precision
 from mcf.bench.apart import Apart
+from mcf.bench.files import JsonFile, save
 from mcf.bench.meter import machine_name
 from mcf.bench.step import DEFAULT_RECIPE, Contestant, race, sized
 from mcf.config import NonNegative, Positive, Recipe, Section
@@ -83,7 +83,7 @@ class LeversConfig(Section):
         None, description="levers to try, by a part of their names (`compiled`); default: all of them"
     )
     seconds: Positive | None = Field(None, description="begin with no further lever after so long")
-    json_file: str | None = Field(None, description="file for the numbers, written after each lever")
+    json_file: JsonFile | None = Field(None, description="file for the numbers, written after each lever")
 
 
 @cli.main
@@ -115,8 +115,7 @@ def main(argv: list[str]) -> int:
                 row = beside(none, name, with_keys(plain, keys), device, warmup=config.warmup, steps=config.steps)
             result["rows"][name] = {"keys": {key: str(value) for key, value in keys.items()}, **row}
             print(line(name, row), flush=True)
-            if config.json_file:
-                Path(config.json_file).write_text(json.dumps(result, indent=1) + "\n")
+            save(config.json_file, result)
     finally:
         none.close()
     print(json.dumps(result))

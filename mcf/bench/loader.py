@@ -33,6 +33,7 @@ from PIL import Image
 from pydantic import Field
 
 from mcf import cli
+from mcf.bench.files import JsonFile, save
 from mcf.bench.meter import machine_name, memory, rate, settle, spread
 from mcf.bench.rivals import rivals
 from mcf.config import DataConfig, Positive, Section
@@ -60,7 +61,7 @@ class LoaderBench(Section):
     seconds: float = Field(2.0, gt=0, description="length of a round, seconds")
     prefetch: Positive | list[Positive] = Field(3, description="micro-batches decoded ahead")
     rivals: bool = Field(False, description="also time DALI's webdataset reader, webdataset and loose files in torch")
-    json_file: str | None = Field(None, description="file that also gets the numbers")
+    json_file: JsonFile | None = Field(None, description="file that also gets the numbers")
 
 
 @cli.main
@@ -71,8 +72,7 @@ def main(argv: list[str]) -> int:
     print(table(report))
     text = json.dumps(report)
     print(text)
-    if config.json_file:
-        Path(config.json_file).write_text(text + "\n")
+    save(config.json_file, report)
     return 0
 
 

@@ -17,7 +17,6 @@ import platform
 import statistics
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from pydantic import Field
 from mcf import cli, distributed, precision
 from mcf.bench import parts, programs, trace
 from mcf.bench.apart import Apart, Taken, take
+from mcf.bench.files import JsonFile, save
 from mcf.bench.meter import machine_name, peak_memory, reset_peak
 from mcf.bench.programs import Program
 from mcf.config import NonNegative, Positive, Recipe, Section
@@ -59,7 +59,7 @@ class StepConfig(Section):
     compare: Literal["none", "reference"] = Field("none", description="take turns with the reference's plain step")
     parts: bool = Field(False, description="time each part of our step, and its share of the machine's matmul rate")
     profile: str | None = Field(None, description="file for a trace of one more step (chrome://tracing, Perfetto)")
-    json_file: str | None = Field(None, description="file for the numbers; they are printed in any case")
+    json_file: JsonFile | None = Field(None, description="file for the numbers; they are printed in any case")
 
 
 @dataclass
@@ -137,8 +137,7 @@ def main(argv: list[str]) -> int:
         print(trace.table(found))
         print(f"trace: {config.profile}")
     print(json.dumps(result))
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(result, indent=1) + "\n")
+    save(config.json_file, result)
     if difference := unequal(contestants, recipe.train.precision):
         print(f"error: {difference}", file=sys.stderr)
         return 1

@@ -14,13 +14,11 @@ Our kernels are counted as their references' operations, which are more; heads, 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mcf import cli
 from mcf.bench.blocks import NONE, SHAPE, build
+from mcf.bench.files import JsonFile, save
 from mcf.config import Positive, Section
 from mcf.models.regional import compile_blocks
 from mcf.models.teacher import Teacher
@@ -66,7 +65,7 @@ class TrafficConfig(Section):
     tflops: float = Field(790.0, gt=0, description="rate of bfloat16 matrix products, 10¹² operations a second")
     terabytes: float = Field(4.3, gt=0, description="rate of the GPU's memory, 10¹² bytes a second")
     launch_us: float = Field(6.0, ge=0, description="time that the host takes for a launch, microseconds")
-    json_file: str | None = Field(None, description="file for all numbers as JSON")
+    json_file: JsonFile | None = Field(None, description="file for all numbers as JSON")
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ def main(argv: list[str]) -> int:
         row["mfu"] = model_flops / row["seconds"] / config.tflops / 1e12
         rows[name] = row
         print(line(name, row, config.batch), flush=True)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps({**config.model_dump(), "rows": rows}, indent=1) + "\n")
+    save(config.json_file, {**config.model_dump(), "rows": rows})
     return 0
 
 
@@ -259,11 +257,11 @@ def _fused(
     read: dict[fx.Node, dict[fx.Node, int]] = defaultdict(dict)
     written: dict[fx.Node, dict[fx.Node, int]] = defaultdict(dict)
     for node in graph.nodes:
+        if node.op == "call_function" and source[node] is not node:
+            continue  # a view moves nothing
+        here = root(node) if node in group else None
         for given in node.all_input_nodes:
             origin = source[given]
-            here = root(node) if source[node] is node and node in group else None
-            if node.op == "call_function" and source[node] is not node:
-                continue  # a view moves nothing
             there = root(origin) if origin in group else None
             if here is not None and here is there:
                 continue
