@@ -52,7 +52,8 @@ VERBS = {
 }
 
 # What a machine can refuse at any place. Other errors of the system may be mistakes of the program: a traceback is due.
-_SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG)
+_SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG,
+                 errno.EEXIST, errno.ENOTDIR)  # fmt: skip
 
 T = TypeVar("T", bound=BaseModel)
 O = TypeVar("O", bound=BaseModel)  # noqa: E741

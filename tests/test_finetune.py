@@ -288,6 +288,9 @@ def test_predict_draws_points_and_classes(run, places, tmp_path, capsys):
         arguments = [f"weights={tmp_path / 'classes'}", f"images={places / 'masks/dev/images/1.jpg'}", f"boxes={boxes}"]
         assert predict.main(arguments) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "file").write_text("not a folder")
+    assert predict.main([*arguments[:2], f"out={tmp_path / 'file'}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file'}: File exists; mend that")
     for keys, said in [
         (["images=/nowhere"], "no such file or folder"), ([f"images={tmp_path}"], "no pictures in it"),
         ([f"images={places / 'points/images'}", f"out={places / 'points/images'}"], "choose another folder"),
