@@ -10,9 +10,11 @@ import signal
 import sys
 from pathlib import Path
 
+from mcf import checkpoint
 from mcf.exits import INTERRUPTED, RANK_LOST, SAVED, UNAVAILABLE, USER_ERROR
 from mcf.output import ERROR, say
 from mcf.task import JOBS, Status, read_statuses
+from mcf.track.jsonl import EVENTS, read
 
 TOLD = (USER_ERROR, UNAVAILABLE, RANK_LOST)  # statuses of ranks that have said why in their last error line
 
@@ -24,7 +26,7 @@ def report(run_dir: Path, job: str, took: str, asked: bool) -> int:
         say(f"stopped {took}; launch again to go on: {run_dir}")
         return INTERRUPTED
     first = first_to_fail(statuses)
-    if first is None and statuses:
+    if statuses and (first is None or finished(run_dir, statuses)):
         say(f"ended {took}: {run_dir}")
         return 0
     return _report_failure(first, statuses, run_dir / JOBS, job, took)
@@ -34,6 +36,24 @@ def first_to_fail(statuses: list[Status]) -> Status | None:
     """The rank whose end was the reason of all others'; None if none failed."""
     failed = [s for s in statuses if s.code not in (0, SAVED) and s.because is None]
     return min(failed, key=lambda s: s.ended or float("inf"), default=None)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint by name, whole or not; 0 without one."""
+    return max(map(checkpoint.step_of, checkpoint.steps(run_dir)), default=0)
+
+
+def finished(run_dir: Path, statuses: list[Status]) -> int:
+    """The last step of a run that this start of the job has brought to its end and saved; else 0.
+
+    Something can still go wrong then: a library aborts while it tidies up, or the time limit comes.
+    """
+    began = [status.began for status in statuses if status.rank == 0]
+    ends = [event for event in read(run_dir / EVENTS) if event["kind"] in ("resumed", "finished", "stopped")]
+    # Told by the same machine's clock, rank 0's: an end before this start is of fewer epochs, perhaps.
+    if not began or not ends or ends[-1]["kind"] != "finished" or ends[-1]["time"] < began[0]:
+        return 0
+    return ends[-1]["step"] if ends[-1]["step"] == newest_step(run_dir) else 0
 
 
 def describe_end(status: Status) -> tuple[str, int]:

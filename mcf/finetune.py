@@ -123,8 +123,8 @@ def absolute(config: FinetuneConfig) -> FinetuneConfig:
 
 
 if __name__ == "__main__":
-    if status := main():
-        # As in mcf.train: what libraries tidy up of half a group can hang.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    status = main()
+    # As in mcf.train: what libraries tidy up can hang, or abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

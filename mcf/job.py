@@ -21,9 +21,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mcf import checkpoint, cli, slurm
+from mcf import cli, slurm
 from mcf.config import Recipe, Section
-from mcf.ending import TOLD, describe_end, first_to_fail, has_told, told
+from mcf.ending import TOLD, describe_end, finished, first_to_fail, has_told, newest_step, told
 from mcf.errors import UserError
 from mcf.exits import SAVED, USER_ERROR
 from mcf.output import ERROR
@@ -99,12 +99,15 @@ def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
         if first.code == -signal.SIGINT:
             return status  # asked to end before it could save
         why = said.removeprefix(ERROR) or describe_end(first)[0]
+    if not saved and (step := finished(run_dir, statuses)):
+        print(f"{why}, but after the run's last step, {step}, was saved: it is done", flush=True)
+        return 0
     # Told to stop before it could listen (Python takes a while to start): no fault of the run's.
     failed = not saved and not (first and first.code in (-signal.SIGUSR2, -signal.SIGTERM))
     if reason := _left_alone(job, start):
         print(f"{why}; {reason}", flush=True)
         return status
-    step = _newest_step(run_dir)
+    step = newest_step(run_dir)
     if refusal := _refusal(run_dir, failed, start, step):
         raise UserError(f"{why}; {refusal}")
     print(f"{why}; job {job} goes back to the queue, to go on from step {step}", flush=True)
@@ -146,11 +149,6 @@ def _refusal(run_dir: Path, failed: bool, start: int, step: int) -> str:
     if len(in_vain) == IN_VAIN - 1:
         return f"not requeued: it failed {IN_VAIN} times in a row at step {step} without a new checkpoint; see {run_dir / JOBS}"
     return ""
-
-
-def _newest_step(run_dir: Path) -> int:
-    """Step of the newest checkpoint by name, whole or not; 0 without one."""
-    return max(map(checkpoint.step_of, checkpoint.steps(run_dir)), default=0)
 
 
 def _note(run_dir: Path, fields: dict) -> None:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,15 @@ def main(argv: list[str]) -> int:
 class Status:
     """One rank of a job: its watching process, its training process, and how that ended.
 
-    code: exit status, −signal if it was killed, None while it runs. ended: seconds since 1970. because: rank whose end
-    was the reason to end this one.
+    code: exit status, −signal if it was killed, None while it runs. began, ended: seconds since 1970, by the clock of
+    the rank's machine. because: rank whose end was the reason to end this one.
     """
 
     rank: int
     watcher: int
     child: int = 0
     code: int | None = None
+    began: float = field(default_factory=time.time)
     ended: float = 0.0
     because: int | None = None
 
@@ -219,6 +220,9 @@ class Rank:
                     # Not a word into files that are the newest start's.
                     sys.exit(USER_ERROR)
         kill_group(child.pid)  # what it may have left behind
+        # Nobody is left to tell, and Python gives signals back to the system when it ends: one would kill this process.
+        for number in _PASSED_ON if local else (*_PASSED_ON, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         status.code, status.ended = child.returncode, time.time()
         status.write(path)
         return status.code

@@ -317,9 +317,9 @@ def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:
 
 
 if __name__ == "__main__":
-    if status := main():
-        # Nothing is left to tidy up, and what libraries tidy up of half a group can hang, or abort, which would make a
-        # machine's failure of a user's mistake.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    status = main()
+    # Nothing is left to tidy up, and what libraries tidy up can hang, or abort, of half a group above all: a machine's
+    # failure would be made of a user's mistake, or of a run that is done. A signal ends what Python tidies up, too.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -47,12 +47,12 @@ ARROWS = {
     "mcf.lock": {"mcf.errors", "mcf.slurm"},
     "mcf.task": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.exits", "mcf.lock"},
     "mcf.output": {"mcf.track.console"},
-    "mcf.ending": {"mcf.exits", "mcf.output", "mcf.task"},
+    "mcf.ending": {"mcf.checkpoint", "mcf.exits", "mcf.output", "mcf.task", "mcf.track.jsonl"},
     "mcf.follow": {
         "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.lock", "mcf.output", "mcf.slurm", "mcf.task",
     },
     "mcf.job": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.output", "mcf.settings",
+        "mcf.cli", "mcf.config", "mcf.ending", "mcf.errors", "mcf.exits", "mcf.output", "mcf.settings",
         "mcf.slurm", "mcf.task", "mcf.track.jsonl",
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import psutil
@@ -122,3 +123,13 @@ def test_one_sigint_that_comes_twice_is_one(handlers):
     time.sleep(AGAIN + 0.1)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_behind_the_end_of_its_child_does_not_kill_the_task(handlers, monkeypatch, tmp_path):
+    """Slurm's warning may come while Python tidies up: then it has given its own handlers back to the system."""
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / task.JOBS).mkdir()
+    assert task.Rank((sys.executable, "-c", "pass"), tmp_path)() == 0
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        assert signal.getsignal(number) is signal.SIG_IGN

@@ -54,24 +54,25 @@ class Site:
         )  # fmt: skip
         (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
 
-    def environment(self, pace: float) -> dict[str, str]:
+    def environment(self, pace: float, **more: str) -> dict[str, str]:
         """Environment of a user whose steps take `pace` seconds in a job's first start (pace/sitecustomize.py)."""
         return {
             "PYTHONPATH": str(PACE),
             "MCF_TEST_PACE": str(pace),
             "PATH": f"{Path(sys.executable).parent}:{slurm.PATH}",
+            **more,
         }
 
-    def launch(self, name: str, *extra: str, pace: float = 0.0):
+    def launch(self, name: str, *extra: str, pace: float = 0.0, **environment: str):
         """`python -m mcf.launch`, as typed: the finished process."""
         return self.cluster.attempt(
             sys.executable, "-m", "mcf.launch", "recipe=tiny.yaml", f"name={name}", *extra,
-            cwd=self.folder, env=self.environment(pace),
+            cwd=self.folder, env=self.environment(pace, **environment),
         )  # fmt: skip
 
-    def submit(self, name: str, *extra: str, pace: float = 0.0) -> str:
+    def submit(self, name: str, *extra: str, pace: float = 0.0, **environment: str) -> str:
         """Launch, and the number of the job."""
-        done = self.launch(name, *extra, pace=pace)
+        done = self.launch(name, *extra, pace=pace, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return self.job_of(name)
 

@@ -26,8 +26,8 @@ def check_unharmed(site, name: str, unbroken: str, starts: int, lost: int = EVER
     """
     assert site.numbers(name) == site.numbers(unbroken)
     ran = site.starts(name)
-    assert len(ran) == starts
-    assert len(site.events(name, "finished")) == 1
+    assert len(ran) == starts, site.said(name)
+    assert len(site.events(name, "finished")) == 1, site.said(name)
     resumed = {event["step"] for event in site.events(name, "resumed")}
     for before, after in itertools.pairwise(ran):
         step = after[0] - 1
@@ -84,6 +84,16 @@ def test_requeued_by_somebody(site, unbroken):
     check_unharmed(site, "requeued", unbroken, starts=2, lost=0)
     # Slurm has done it: the job has not asked for it beside.
     assert not site.events("requeued", "requeued")
+
+
+def test_a_rank_that_aborts_behind_the_end(site, unbroken):
+    """What a library does while it tidies up does not start a run again that is done and saved."""
+    job = site.submit("aborts", "nodes=2", MCF_TEST_ABORTS="1")
+    site.wait_for_end("aborts", job)
+    check_unharmed(site, "aborts", unbroken, starts=1)
+    assert {status["code"] for status in site.statuses("aborts")} & {-signal.SIGABRT}
+    assert re.search(r"rank \d .*, but after the run's last step, 24, was saved: it is done", site.said("aborts"))
+    assert site.cluster.job(job)["Restarts"] == "0"
 
 
 def test_a_killed_rank(site, unbroken):

@@ -2,7 +2,8 @@
 
 The real trainer takes milliseconds a step of a tiny model: too fast to be interrupted at a known place. Here each step
 of a job's first start ends with a pause of MCF_TEST_PACE seconds, and the keys of its samples are written to
-RUN/keys-RANK.jsonl. With MCF_TEST_DIES in the environment it does not even begin. Steps of mcf.finetune are paced alike.
+RUN/keys-RANK.jsonl. With MCF_TEST_DIES in the environment it does not even begin, with MCF_TEST_ABORTS it aborts where
+it leaves the other ranks, at its end. Steps of mcf.finetune are paced alike.
 """
 
 import os
@@ -17,7 +18,11 @@ elif "mcf.train" in sys.orig_argv and "MCF_TEST_PACE" in os.environ:
     from pathlib import Path
 
     import mcf
+    from mcf import distributed
     from mcf.step import Step
+
+    if "MCF_TEST_ABORTS" in os.environ:
+        distributed.leave = os.abort
 
     _step = Step.__call__
     _run = Path(next(a for a in sys.orig_argv if a.startswith("run=")).removeprefix("run="))
