@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mcf.errors import UserError
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
@@ -43,6 +45,16 @@ class Damage:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def make_run_dir(run_dir: str | Path, *folders: str) -> None:
+    """Make a run directory and folders in it; those that are there stay. Raises UserError where it cannot be made."""
+    try:
+        for folder in (run_dir, *(Path(run_dir) / name for name in folders)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        output = Path(run_dir).parent
+        raise UserError(f"output={output}: {run_dir} cannot be made ({error.strerror}); set output=") from None
 
 
 def folder_of(run_dir: str | Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from mcf import cli, snapshot
+from mcf import checkpoint, cli, snapshot
 from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
 from mcf.exits import SAVED
@@ -84,10 +84,7 @@ def launch(config: FinetuneConfig, run_dir: Path) -> int:
     if config.mode == "print":
         print(job_script(recipe, run_dir))
         return 0
-    try:
-        (run_dir / JOBS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={config.output}: {run_dir} cannot be made ({error.strerror}); set output=") from None
+    checkpoint.make_run_dir(run_dir, JOBS)
     with RunLock(run_dir) as lock:
         snapshot.take(run_dir)
         # Of a job the launcher knows what stands in a recipe: its name, its ranks, what Slurm is asked for.

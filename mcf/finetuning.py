@@ -50,6 +50,7 @@ class Finetuning:
     def __init__(self, config: FinetuneConfig, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
         self.config, self.run_dir, self.world, self.mark = config, run_dir, world, mark
         self.interrupted = False
+        distributed.from_main(lambda: checkpoint.make_run_dir(run_dir))
         mark("reading data")
         self.set = open_faces(config.task, config.dataset, config.data)
         self.train, self.validation = chosen_faces(self.set.train, config)

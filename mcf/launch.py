@@ -20,7 +20,7 @@ from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
-from mcf import cli, slurm, snapshot
+from mcf import checkpoint, cli, slurm, snapshot
 from mcf.config import Recipe, Section
 from mcf.errors import UserError
 from mcf.follow import follow_slurm
@@ -86,7 +86,7 @@ def launch(argv: list[str], command: tuple[str, ...] = TRAIN, grace: float = 10.
     if mode == "print":
         print(job_script(recipe, run_dir))
         return 0
-    make_folder(run_dir)
+    checkpoint.make_run_dir(run_dir, JOBS)
     with RunLock(run_dir, job) as lock:
         prepare(run_dir, recipe, out)
         if mode == "prepare":
@@ -187,14 +187,6 @@ def check_inputs(recipe: Recipe) -> None:
         raise UserError(f"start.path={recipe.start.path}: no such file; give weights to start from, or leave it out")
     if recipe.probe.every and not Path(recipe.probe.data or "").is_dir():
         raise UserError(f"probe.data={recipe.probe.data}: no such folder; give labelled faces, or set probe.every=0")
-
-
-def make_folder(run_dir: Path) -> None:
-    """Make the run directory."""
-    try:
-        (run_dir / JOBS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={run_dir.parent}: {run_dir} cannot be made ({error.strerror}); set output=") from None
 
 
 def prepare(run_dir: Path, recipe: Recipe, out: TextIO) -> None:

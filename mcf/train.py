@@ -46,6 +46,7 @@ class Training:
     def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
         self.run_dir, self.world, self.mark = run_dir, world, mark
         mark("reading data")
+        distributed.from_main(lambda: checkpoint.make_run_dir(run_dir))
         startup.check_same_everywhere(world, recipe.data.path or "")
         self.manifest = distributed.from_main(lambda: load_manifest(recipe.data.path or ""))
         self.plan = make_plan(recipe, self.manifest.samples)

@@ -207,6 +207,7 @@ def test_the_baseline_of_random_weights_has_the_shape_and_nothing_else(run, plac
         (["taps=[0,1]"], "expected four blocks"),
         (["heads=5"], "was trained with 2 heads"),
         (["task=alignmnet"], "did you mean alignment"),
+        (["output=/dev/null"], "output=/dev/null: /dev/null/run cannot be made (Not a directory); set output="),
     ],
 )
 def test_mistakes_are_one_line(run, keys, said):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from mcf import checkpoint
@@ -231,6 +232,20 @@ def test_mistakes_are_one_line(data, tmp_path, change, said):
     assert len(errors) == 1
     assert said in errors[0]
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_before_the_first_step(data, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path / "run", data)))
+    result = subprocess.run(
+        [sys.executable, "-m", "mcf.train", f"recipe={recipe}", "output=/dev/null"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert "output=/dev/null: /dev/null/run cannot be made (Not a directory)" in result.stderr
+    assert "step" not in result.stdout + result.stderr
 
 
 def test_no_run_directory(tmp_path):
