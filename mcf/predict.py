@@ -35,7 +35,7 @@ class PredictConfig(Section):
 
     Each picture is taken for one upright face that fills it, unless boxes= says where the face is. Beside the pictures,
     points go to OUT/points.csv, classes to OUT/NAME.classes.png and their names to OUT/classes.txt. The first twelve stand
-    together on OUT/sheet.jpg.
+    together on OUT/sheet.jpg. Pictures that cannot be read are left out, and said.
     """
 
     weights: str = Field(description="run directory of mcf.finetune, or its model.safetensors")
@@ -70,8 +70,16 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     rows: list[list[str]] = []
     shown: list[tuple[str, list[np.ndarray]]] = []
+    left_out = 0
     for picture in pictures:
-        image, found = predictor(picture, boxes.get(picture.name), looks=LOOKS)
+        try:
+            image, found = predictor(picture, boxes.get(picture.name), looks=LOOKS)
+        except UserError as error:
+            if len(pictures) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+            left_out += 1
+            continue
         drawn = with_points(image, found) if description.task == "alignment" else with_classes(image, found)
         Image.fromarray(drawn).save(out / f"{picture.name}.png")
         if len(shown) < SHOWN:
@@ -79,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         if description.task == "alignment":
             rows.append([picture.name, *(f"{value:.2f}" for value in found.ravel())])
         else:
-            Image.fromarray(found.astype("uint8")).save(out / f"{picture.stem}.classes.png")
+            Image.fromarray(found.astype("uint8")).save(out / f"{picture.name}.classes.png")
+    if left_out == len(pictures):
+        raise UserError(f"images={config.images}: none of its {left_out} pictures can be read; give others")
     if description.task == "alignment":
         write_points(out / "points.csv", rows, description.outputs)
     else:
@@ -88,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     Image.fromarray(tiles(heading, shown)).save(out / SHEET, quality=90)
     about = {"weights": str(Path(config.weights).resolve()), "task": description.task, "dataset": description.dataset}
     (out / "predictions.json").write_text(json.dumps(about, indent=1) + "\n")
-    print(f"{out}: {len(pictures)} pictures with {description.outputs} {'points' if rows else 'classes'} "
-          f"of a model of {description.dataset}")  # fmt: skip
+    seen = len(pictures) - left_out
+    print(f"{out}: {seen} picture{'s' if seen > 1 else ''} with {description.outputs} {'points' if rows else 'classes'} "
+          f"of a model of {description.dataset}{f', {left_out} left out' if left_out else ''}")  # fmt: skip
     return 0
 
 

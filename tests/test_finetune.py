@@ -275,7 +275,7 @@ def test_predict_draws_points_and_classes(run, places, tmp_path, capsys):
             assert (cells, rows_down) == ((2, 6) if name == "points" else (1, 1))
     rows = (tmp_path / "drawn-points/points.csv").read_text().splitlines()
     assert len(rows) == 13 and len(rows[1].split(",")) == 137
-    with Image.open(tmp_path / "drawn-classes/1.classes.png") as opened:
+    with Image.open(tmp_path / "drawn-classes/1.jpg.classes.png") as opened:
         assert np.asarray(opened).max() < 5
     assert (tmp_path / "drawn-classes/classes.txt").read_text().split() == ["background", "skin", "nose", "hair", "hat"]
 
@@ -298,6 +298,29 @@ def test_predict_draws_points_and_classes(run, places, tmp_path, capsys):
     ]:  # fmt: skip
         assert predict.main([f"weights={tmp_path / 'classes'}", *keys]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_predict_leaves_out_what_is_no_picture_and_says_so(run, places, tmp_path, capsys):
+    assert run("alignment", "train.epochs=1", name="points")[0] == 0
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    whole = sorted((places / "points/images").glob("*.jpg"))[0].read_bytes()
+    (mixed / "b.jpg").write_bytes(whole)
+    (mixed / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    (mixed / "c.png").write_text("no picture")
+    arguments = [f"weights={tmp_path / 'points'}", "threads=1"]
+    capsys.readouterr()
+    assert predict.main([*arguments, f"images={mixed}", f"out={tmp_path / 'drawn'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 picture with 68 points of a model of csv, 2 left out" in out
+    for name, line in zip(("a.jpg", "c.png"), err.splitlines(), strict=True):
+        assert line.startswith(f"left out: {mixed / name}: cannot be read as an image (")
+    assert [row.split(",")[0] for row in (tmp_path / "drawn/points.csv").read_text().splitlines()[1:]] == ["b.jpg"]
+    (mixed / "b.jpg").write_bytes(whole[:100])
+    assert predict.main([*arguments, f"images={mixed}", f"out={tmp_path / 'drawn'}"]) == 2
+    assert f"images={mixed}: none of its 3 pictures can be read" in capsys.readouterr().err
+    assert predict.main([*arguments, f"images={mixed / 'a.jpg'}", f"out={tmp_path / 'drawn'}"]) == 2
+    assert f"error: {mixed / 'a.jpg'}: cannot be read as an image" in capsys.readouterr().err
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

@@ -105,9 +105,7 @@ def read_image(face: Face) -> NDArray[np.uint8]:
         with Image.open(face.image) as opened:
             image = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{face.image}: cannot be read as an image ({error}); replace it, or take its label away"
-        ) from None
+        raise UserError(f"{face.image}: cannot be read as an image ({error}); replace it, or take it away") from None
     if face.side is None or image.shape[:2] == (face.side, face.side):
         return image
     # Without a filter before it, as OpenCV's bilinear resizing of the released code.
@@ -149,7 +147,7 @@ def _read_mask(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as opened:
             # A palette holds classes in its indices; anything else is read as grey.
             return np.array(opened if opened.mode in ("P", "L") else opened.convert("L"), np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a mask ({error}); replace it") from None
 
 
@@ -165,8 +163,8 @@ def image_size(path: Path) -> tuple[int, int]:
             return (height, width) if opened.getexif().get(ORIENTATION) in ROTATED else (width, height)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image, but there is a label for it; add it, or take the label away") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); replace it, or take its label away") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}); replace it, or take it away") from None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
