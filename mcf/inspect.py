@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def show_folder(options: DataConfig) -> int:
     """Print what the manifest says, and write a contact sheet."""
-    manifest = load_manifest(options.data)
+    manifest = load_manifest(options.data, key="data")
     print("\n".join(figures(manifest)))
     pictures = [content for _, content in some(manifest, options.count, options.seed)]
     _save(sheet(pictures, columns=12, cell=_CELL), options.out)

@@ -111,7 +111,7 @@ def test_a_folder_is_told_in_figures_and_shown(tmp_path, folder, capsys):
     ("argv", "words"),
     [
         ([], "data is missing"),
-        (["data=nowhere"], "no such folder"),
+        (["data=nowhere"], "error: data=nowhere: no such folder"),
         (["recipe=demo"], "step is missing"),
         (["recipe=R", "step=0"], "expected a whole number > 0"),
         (["recipe=R", "step=1", "first=8"], "a step has 8 samples"),

@@ -40,6 +40,7 @@ from mcf.config import DataConfig, Positive, Section
 from mcf.data.dali import Decoder, Undecodable
 from mcf.data.loader import Batch, Loader
 from mcf.data.reader import Reader
+from mcf.data.shards import load_manifest
 from mcf.errors import UserError
 
 
@@ -183,13 +184,14 @@ def _loaders(config: LoaderBench, device: torch.device) -> list[Loader]:
     """One for each pair of threads and prefetch, the largest last."""
     threads = config.threads if isinstance(config.threads, list) else [config.threads]
     prefetch = config.prefetch if isinstance(config.prefetch, list) else [config.prefetch]
+    manifest = load_manifest(config.data, key="data")
     return [
         Loader(
             DataConfig(
                 path=config.data, streams=config.streams, window=config.window, threads=t, decoder=config.decoder, prefetch=p
             ),
             batch=config.batch, micro_batch=config.micro_batch, seed=0, image_size=config.image_size, rank=0, world_size=1,
-            device=device,
+            device=device, manifest=manifest,
         )
         for t in sorted(threads, key=lambda t: t or 0)
         for p in sorted(prefetch)

@@ -92,26 +92,27 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name.removesuffix(".tar") + ".index.npy")
 
 
-def load_manifest(path: str | Path, *, check: bool = True) -> Manifest:
+def load_manifest(path: str | Path, *, check: bool = True, key: str = "data.path") -> Manifest:
     """Read the manifest of a folder, and hold it against the files (sizes only: it is done at every start).
 
-    Raises UserError if the folder is missing, empty, not packed, or does not fit its manifest (a truncated tar).
+    Raises UserError, which names the `key` that the folder was given by, if it is missing, empty, not packed, or does not
+    fit its manifest (a truncated tar).
     """
     if is_remote(path):
-        return _load_remote(str(path))
+        return _load_remote(str(path), key)
     folder = Path(path)
     pack = "pack images with: python -m mcf.pack source=IMAGES out="
     if not folder.exists():
-        raise UserError(f"data.path={folder}: no such folder; {pack}{folder}")
+        raise UserError(f"{key}={folder}: no such folder; {pack}{folder}")
     if not folder.is_dir():
-        raise UserError(f"data.path={folder} is a file; give the folder that mcf.pack wrote, or {pack}FOLDER")
+        raise UserError(f"{key}={folder} is a file; give the folder that mcf.pack wrote, or {pack}FOLDER")
     file = folder / MANIFEST
     if not file.exists():
         if (folder / UNFINISHED).is_dir():
-            raise UserError(f"data.path={folder}: packing has not ended; give the same mcf.pack command again")
+            raise UserError(f"{key}={folder}: packing has not ended; give the same mcf.pack command again")
         if any(folder.iterdir()):
-            raise UserError(f"data.path={folder}: no {MANIFEST} in it, so mcf.pack did not write it; {pack}NEW_FOLDER")
-        raise UserError(f"data.path={folder}: the folder is empty; {pack}{folder}")
+            raise UserError(f"{key}={folder}: no {MANIFEST} in it, so mcf.pack did not write it; {pack}NEW_FOLDER")
+        raise UserError(f"{key}={folder}: the folder is empty; {pack}{folder}")
     try:
         text = file.read_text()
     except OSError as error:
@@ -140,13 +141,13 @@ def _parsed(text: str | bytes, file: object, remedy: str, folder: Path, url: str
     return manifest
 
 
-def _load_remote(url: str) -> Manifest:
+def _load_remote(url: str, key: str) -> Manifest:
     """The manifest of a remote folder. Its files are not looked at: that would be thousands of requests at every start."""
     file = f"{url.rstrip('/')}/{MANIFEST}"
     try:
         text = storage_of(url).whole(MANIFEST)
     except FileNotFoundError:
-        raise UserError(f"data.path={url}: no {MANIFEST} there; copy a folder that mcf.pack wrote to it") from None
+        raise UserError(f"{key}={url}: no {MANIFEST} there; copy a folder that mcf.pack wrote to it") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); check the address, the network and your keys") from None
     return _parsed(text, file, "copy the folder there again", Path(url), url)

@@ -18,6 +18,10 @@ def main(argv: list[str]) -> int:
     """Pack, here or with `nodes=N` on Slurm; or with `verify=true` check what was packed, or with `report=DIR` show it."""
     options = cli.parse(PackConfig, argv, verb="pack")
     if options.report is not None:
+        if options.source or options.out:
+            raise UserError(
+                "report=DIR packs nothing: leave out source= and out=, or pack first and ask for the page then"
+            )
         print(write_page(Path(options.report)))
         return 0
     if options.nodes is not None:
@@ -28,7 +32,7 @@ def main(argv: list[str]) -> int:
         return 0
     if not options.out:
         raise UserError("out is missing; say python -m mcf.pack out=SHARDS verify=true")
-    manifest = load_manifest(Path(options.out))
+    manifest = load_manifest(Path(options.out), key="out")
     verify(manifest)
     print(f"{options.out}: {manifest.samples:,} images in {len(manifest.shards):,} shards, all as they were written")
     return 0

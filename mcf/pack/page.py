@@ -40,7 +40,7 @@ img { max-width: 100%; display: block } .quiet { color: #555 } code { font-size:
 
 def write_page(folder: Path) -> Path:
     """Make the page of a packed folder; where it lies. Raises UserError if the folder is none."""
-    manifest = load_manifest(folder)
+    manifest = load_manifest(folder, key="report")
     file = folder / REPORT
     try:
         content = json.loads(file.read_text())

@@ -89,3 +89,7 @@ def test_a_folder_without_a_report_is_one_line(tmp_path, content, capsys):
     error = capsys.readouterr().err
     assert "report.json: cannot be read" in error and error.count("\n") == 1
     assert main([f"report={tmp_path / 'nowhere'}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: report={tmp_path / 'nowhere'}: no such folder; ")
+    # It packs nothing, and does not let somebody wait for shards.
+    assert main([f"report={out}", "source=somewhere"]) == 2
+    assert "report=DIR packs nothing: leave out source= and out=" in capsys.readouterr().err
