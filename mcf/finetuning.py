@@ -62,21 +62,23 @@ class Finetuning:
             )
         self.per_epoch = len(self.train) // config.batch
         self.steps = self.epochs * self.per_epoch
-        self.task = TASKS[config.task](self.set, config)
+
+        mark("reading weights")
+        backbone = load_backbone(config).to(world.device)
+        self.config = config = config.sized(backbone.vit.image_size)
+        identity = fingerprint(backbone)
+        mark("reading checkpoint")
         self.progress = state.Progress(data=state.fingerprint(self.train, self.validation, self.set.test))
         found = distributed.broadcast(checkpoint.latest(run_dir) if world.is_main else None)
         if found is not None:
             self.progress = state.check_same_run(found, config, self.progress.data)
-
-        mark("reading weights")
-        backbone = load_backbone(config).to(world.device)
-        identity = fingerprint(backbone)
         if found is not None and self.progress.backbone != identity:
             raise UserError(
                 f"weights={config.weights}: other weights than the run began with; give the old ones, or another name="
             )
         self.progress.backbone = identity
         mark("building")
+        self.task = TASKS[config.task](self.set, config)
         decoder = build_decoder(config.seed, backbone.vit.width, self.set.channels, config.head)
         self.backbone = backbone.eval().requires_grad_(False) if config.freeze else None
         trained: nn.Module = decoder if config.freeze else Network(backbone, decoder)

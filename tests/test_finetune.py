@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from mcf import checkpoint, finetune, predict
 from mcf.downstream import saved
+from mcf.downstream.config import FinetuneConfig
 from mcf.downstream.pictures import TILE
 from mcf.exits import RANK_LOST, SAVED
 from mcf.models.vit import VisionTransformer
@@ -178,7 +179,6 @@ def test_a_frozen_backbone_stays_and_a_trained_one_moves_at_its_own_rate(run, pl
     # The first gradient of the head is the same whether or not the backbone is trained as well.
     torch.testing.assert_close(frozen[key], tuned[key])
     config = json.loads((checkpoint.latest(tmp_path / "tuned") / "run.json").read_text())["finetune"]
-    from mcf.downstream.config import FinetuneConfig
     from mcf.downstream.network import build_decoder
 
     start = build_decoder(0, 16, 68, FinetuneConfig(**config).head).head.out.weight.detach()
@@ -191,6 +191,21 @@ def test_the_baseline_of_random_weights_has_the_shape_and_nothing_else(run, plac
     key = "blocks.0.attn.qkv.weight"
     assert ours[f"backbone.vit.{key}"].shape == theirs[key].shape
     assert not torch.equal(ours[f"backbone.vit.{key}"], theirs[key])
+
+
+def test_sides_follow_the_encoder_s_own_images(run, tmp_path):
+    """Twice its 32 pixels, and the protocol's 512 for 448 around them; a run goes on without naming them, and not with others."""
+    keys = ("input_size=null", "warp_size=null")
+    assert run("alignment", *keys, "train.stop_after=3")[0] == 0
+    status, _, err = run("alignment", *keys[1:], "input_size=32")
+    assert status == 2
+    assert "checkpoint of another run: warp_size=37 (was 73), input_size=32 (was 64)" in err
+    assert run("alignment", *keys)[0] == 0
+    _, description = saved.load(str(tmp_path / "run"))
+    assert (description.input_size, description.warp_size) == (64, 73)
+    config = FinetuneConfig(task="alignment", dataset="csv", data="d", weights="w")
+    assert config.sized(448).sides == (512, 448)
+    assert config.model_copy(update={"warp_size": 96}).sized(64).sides == (96, 64)
 
 
 @pytest.mark.parametrize(

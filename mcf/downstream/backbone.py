@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def load_backbone(config: FinetuneConfig) -> Backbone:
-    """The encoder that `weights`, `branch`, `heads`, `random` and `taps` describe, for images of `input_size`.
+    """The encoder that `weights`, `branch`, `heads`, `random` and `taps` describe, for images of `input_size` or its default.
 
     Raises UserError for weights that are missing, damaged or of another architecture, a fine-tuned model, a number of
     heads that is not stated, taps beyond the depth, and an input size that patches do not divide.
@@ -31,7 +31,7 @@ def load_backbone(config: FinetuneConfig) -> Backbone:
     taps = config.taps or default_taps(shape.depth)
     if max(taps) >= shape.depth:
         raise UserError(f"taps={list(taps)}: the {encoder.origin} has blocks 0 to {shape.depth - 1}; choose among them")
-    size, patch = config.input_size, shape.patch_size
+    size, patch = config.input_size or 2 * shape.image_size, shape.patch_size
     if size % patch or size < 2 * patch:
         raise UserError(
             f"input_size={size}: patches of {patch} pixels do not divide it into at least 2×2; "
@@ -43,7 +43,7 @@ def load_backbone(config: FinetuneConfig) -> Backbone:
         )
         vit = untrained(shape, heads, size, config.seed, config.attention)
     else:
-        log.info("backbone: %s", encoder.origin)
+        log.info("backbone: %s, for images of %d pixels", encoder.origin, size)
         vit = vit_of(encoder.tensors, heads=heads, attention=config.attention)
     return Backbone(vit, taps, size)
 

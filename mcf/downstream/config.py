@@ -117,8 +117,14 @@ class FinetuneConfig(Section):
         0.0, description="share of the training people held out to choose the epoch; 0: the last epoch is the one"
     )
     evaluate_every: Positive = Field(1, description="epochs between two evaluations on the test set")
-    warp_size: Positive = Field(512, description="side of the square that a face is warped to, pixels")
-    input_size: Positive = Field(448, description="side of the network's input, pixels; a multiple of the patch side")
+    warp_size: Positive | None = Field(
+        None, description="side of the square that a face is warped to, pixels; default: 8/7 of input_size, 512 for 448"
+    )
+    input_size: Positive | None = Field(
+        None,
+        description="side of the network's input, pixels, a multiple of the patch side; default: twice the side of the "
+        "encoder's own images, 448 for 224",
+    )
     ema: Decay = Field(0.999, description="decay of the average of weights that is evaluated")
     pictures: NonNegative = Field(8, description="faces in each picture (0: no pictures)")
     attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = Field(
@@ -144,6 +150,18 @@ class FinetuneConfig(Section):
     def run_name(self) -> str:
         """Name of the run."""
         return self.name or f"{self.task}-{self.dataset}"
+
+    def sized(self, input_size: int) -> FinetuneConfig:
+        """The keys with the sides that depend on the backbone: what its input has, and the square that this is made of."""
+        # The protocol's proportion.
+        warp_size = self.warp_size or round(input_size * 512 / 448)
+        return self.model_copy(update={"input_size": input_size, "warp_size": warp_size})
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Sides of the warped square and of the network's input, pixels, once they are known."""
+        assert self.warp_size is not None and self.input_size is not None, "to be asked after `sized`"
+        return self.warp_size, self.input_size
 
     @property
     def lr(self) -> float:

@@ -97,7 +97,7 @@ class Loader:
         config = self.config
         image = read_image(face)
         height, width = image.shape[:2]
-        warp = face_warp(face, self.set, config.warp_size, (height, width), draw)
+        warp = face_warp(face, self.set, config.sides[0], (height, width), draw)
         labels = None
         if self.set.task == "parsing" and (face.labels is not None or face.parts):
             labels = read_labels(face, len(self.set.classes), image.shape)
@@ -117,7 +117,7 @@ class Loader:
 
     def collate(self, prepared: list[Prepared]) -> Batch:
         """Warp decoded faces into a batch, on the device."""
-        size, device = self.config.warp_size, self.device
+        size, device = self.config.sides[0], self.device
         warp = Warp(torch.stack([p.part.matrix for p in prepared]), size, self.set.warp).to(device)
         images = _padded([torch.from_numpy(p.image).permute(2, 0, 1) for p in prepared]).to(device)
         squares = warp.images(images) / 255
@@ -135,7 +135,7 @@ class Loader:
 
     def resize(self, squares: Tensor) -> Tensor:
         """Squares [B, 3, S, S] at the network's input size, bilinear."""
-        side = self.config.input_size
+        side = self.config.sides[1]
         if squares.shape[-1] == side:
             return squares
         return F.interpolate(squares, (side, side), mode="bilinear", align_corners=False)

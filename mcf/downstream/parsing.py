@@ -64,5 +64,5 @@ class Parsing:
         return Scores(metrics, errors=np.nan_to_num(np.array(errors), nan=0.0))
 
     def _square(self, logits: Tensor) -> Tensor:
-        size = self.config.warp_size
+        size = self.config.sides[0]
         return F.interpolate(logits.float(), (size, size), mode="bilinear", align_corners=False)

@@ -51,9 +51,10 @@ def describe(network: Network, config: FinetuneConfig, faces: FaceSet, epoch: in
     """The description of a network of a run."""
     vit = network.backbone.vit
     block: Any = vit.blocks[0]
+    warp_size, input_size = config.sides
     return Description(
         task=config.task, dataset=config.dataset, outputs=faces.channels, classes=faces.classes, crop=faces.crop,
-        scale=faces.scale, warp=faces.warp, warp_size=config.warp_size, input_size=config.input_size,
+        scale=faces.scale, warp=faces.warp, warp_size=warp_size, input_size=input_size,
         patch_size=vit.patch_size, width=vit.width, depth=len(vit.blocks), heads=block.attn.heads,
         mlp_ratio=block.mlp.fc1.out_features / vit.width, taps=network.backbone.taps,
         head=config.head.model_dump(mode="json"), epoch=epoch,

@@ -146,7 +146,7 @@ def test_a_fine_tuned_farl_comes_back_as_clips_variant(tmp_path, clip):
     faces = FaceSet(
         "masks", "parsing", [Face("a", tmp_path)], [Face("a", tmp_path)], crop="whole", classes=("a", "b", "c")
     )
-    saved.write(tmp_path / "model.safetensors", network, saved.describe(network, config, faces, 1))
+    saved.write(tmp_path / "model.safetensors", network, saved.describe(network, config.sized(SIDE), faces, 1))
     again, description = saved.load(str(tmp_path / "model.safetensors"))
     assert description.clip
     images = torch.rand(2, 3, SIDE, SIDE)
