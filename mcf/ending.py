@@ -48,12 +48,10 @@ def finished(run_dir: Path, statuses: list[Status]) -> int:
 
     Something can still go wrong then: a library aborts while it tidies up, or the time limit comes.
     """
-    began = [status.began for status in statuses if status.rank == 0]
-    ends = [event for event in read(run_dir / EVENTS) if event["kind"] in ("resumed", "finished", "stopped")]
-    # Told by the same machine's clock, rank 0's: an end before this start is of fewer epochs, perhaps.
-    if not began or not ends or ends[-1]["kind"] != "finished" or ends[-1]["time"] < began[0]:
-        return 0
-    return ends[-1]["step"] if ends[-1]["step"] == newest_step(run_dir) else 0
+    # Both are told by the clock of rank 0's machine. An end before this start is of fewer epochs, perhaps.
+    began = next((status.began for status in statuses if status.rank == 0), float("inf"))
+    ends = [e["step"] for e in read(run_dir / EVENTS) if e["kind"] == "finished" and e["time"] >= began]
+    return ends[-1] if ends and ends[-1] == newest_step(run_dir) else 0
 
 
 def describe_end(status: Status) -> tuple[str, int]:

@@ -3,8 +3,25 @@
 Any other status than 0 is a failure that may be a machine's: under Slurm the run goes back to the queue.
 """
 
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
 USER_ERROR = 2  # one line says what a user has to change: nothing gets better by trying again
 UNAVAILABLE = 69  # other ranks cannot be reached: somebody may have to mend it, or the next start may (EX_UNAVAILABLE)
 SAVED = 75  # told to stop, and saved: to be started again (EX_TEMPFAIL of sysexits.h)
 RANK_LOST = 76  # another rank was dead or stuck (mcf.watchdog): its error line says which
 INTERRUPTED = 130  # ctrl-C
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End a rank's process with an exit status, when all that it wanted to keep is written.
+
+    What libraries tidy up can hang, or abort, of half a group above all: a machine's failure would be made of a user's
+    mistake, or of a run that is done. A signal would do the same: Python gives it back to the system while it tidies up.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

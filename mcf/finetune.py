@@ -18,7 +18,7 @@ import yaml
 from mcf import checkpoint, cli, snapshot
 from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
-from mcf.exits import SAVED
+from mcf.exits import SAVED, leave_at_once
 from mcf.local import directory, run_here
 from mcf.lock import RunLock
 from mcf.submit import job_script, submit
@@ -120,8 +120,4 @@ def absolute(config: FinetuneConfig) -> FinetuneConfig:
 
 
 if __name__ == "__main__":
-    status = main()
-    # As in mcf.train: what libraries tidy up can hang, or abort.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    leave_at_once(main())

@@ -190,7 +190,8 @@ class Rank:
 
         # Before anything is started: submitit has handlers of its own. Ctrl-C on a terminal is for the launcher alone;
         # Slurm sends SIGINT when a user asks for the end (scancel).
-        for number in _PASSED_ON if local else (*_PASSED_ON, signal.SIGINT):
+        passed_on = _PASSED_ON if local else (*_PASSED_ON, signal.SIGINT)
+        for number in passed_on:
             signal.signal(number, pass_on)
         if local:
             _die_with_parent(signal.SIGTERM)
@@ -221,7 +222,7 @@ class Rank:
                     sys.exit(USER_ERROR)
         kill_group(child.pid)  # what it may have left behind
         # Nobody is left to tell, and Python gives signals back to the system when it ends: one would kill this process.
-        for number in _PASSED_ON if local else (*_PASSED_ON, signal.SIGINT):
+        for number in passed_on:
             signal.signal(number, signal.SIG_IGN)
         status.code, status.ended = child.returncode, time.time()
         status.write(path)

@@ -23,7 +23,7 @@ from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
 from mcf.errors import UserError
-from mcf.exits import SAVED
+from mcf.exits import SAVED, leave_at_once
 from mcf.guard import Guard
 from mcf.meters import Meters
 from mcf.models.teacher import Teacher
@@ -318,9 +318,4 @@ def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:
 
 
 if __name__ == "__main__":
-    status = main()
-    # Nothing is left to tidy up, and what libraries tidy up can hang, or abort, of half a group above all: a machine's
-    # failure would be made of a user's mistake, or of a run that is done. A signal ends what Python tidies up, too.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    leave_at_once(main())

@@ -57,8 +57,8 @@ ARROWS = {
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot", "mcf.local", "mcf.lock",
-        "mcf.submit", "mcf.task", "mcf.follow",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot",
+        "mcf.local", "mcf.lock", "mcf.submit", "mcf.task", "mcf.follow",
     },
     "mcf.local": {"mcf.config", "mcf.errors", "mcf.follow", "mcf.lock", "mcf.submit", "mcf.task"},
     # The rooms.
@@ -105,8 +105,8 @@ ARROWS = {
         "mcf.track", "mcf.watchdog",
     },
     "mcf.finetune": {
-        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning", "mcf.local",
-        "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
+        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
+        "mcf.local", "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
     },
     "mcf.probe": {"mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.probing"},
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},

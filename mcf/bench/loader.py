@@ -71,8 +71,7 @@ def main(argv: list[str]) -> int:
     config = cli.parse(LoaderBench, argv, verb="bench part=loader")
     report = measure(config)
     print(table(report))
-    text = json.dumps(report)
-    print(text)
+    print(json.dumps(report))
     save(config.json_file, report)
     return 0
 
