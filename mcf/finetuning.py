@@ -2,7 +2,7 @@
 
 for every step, from where the newest whole checkpoint stands
     samples    the next of the run, a pure function of (seed, samples seen)      mcf/downstream/loader.py
-    step       backbone (frozen, or trained), pyramid, head, the task's loss     mcf/downstream, mcf/engine.py
+    step       backbone (frozen, or trained), pyramid, head, the task's loss     mcf/downstream, mcf/engine
     average    of the weights, after a step that was applied
     judged     the average, on the test set, at the ends of epochs               mcf/downstream/alignment.py, parsing.py
     told       metrics, pictures, and in the end metrics.json and a table

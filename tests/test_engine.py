@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from mcf.config import Recipe
-from mcf.engine import _deepspeed_config, _import_deepspeed, parameter_groups
+from mcf.engine import parameter_groups
+from mcf.engine.library import deepspeed_config, import_deepspeed
 from mcf.errors import UserError
 
 WORKER = Path(__file__).parent / "workers" / "engine_checks.py"
@@ -263,12 +264,12 @@ def test_decay_spares_biases_and_vectors_but_not_tokens():
 def test_missing_deepspeed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"deepspeed is not installed.*pip install deepspeed"):
-        _import_deepspeed(torch.device("cpu"))
+        import_deepspeed(torch.device("cpu"))
 
 
 def test_deepspeed_is_told_not_to_clip():
     """Its default clips at 1; the reference does not clip."""
-    assert _deepspeed_config(Recipe(), worker.Toy(0), stage=1, accumulation=1, persist=None)["gradient_clipping"] == 0
+    assert deepspeed_config(Recipe(), worker.Toy(0), stage=1, accumulation=1, persist=None)["gradient_clipping"] == 0
 
 
 def assert_equal_bitwise(got: dict, expected: dict) -> None:

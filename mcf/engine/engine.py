@@ -1,4 +1,4 @@
-"""The optimiser step over all ranks: the one place that knows DeepSpeed.
+"""The optimiser step over all ranks.
 
     pred, q = engine(images, ids_keep, ids_restore)       bf16 autocast if the recipe says so; state stays float32
     engine.backward(loss)                                 once a micro-batch; gradients are averaged over micro-batches and ranks
@@ -7,15 +7,12 @@
 Two habits differ from DeepSpeed's own. Whether a step is applied is decided here, before the optimiser is touched: one
 number (the gradient norm) and one flag are agreed by all ranks in one all-reduce and one host synchronisation. And state
 is saved in a layout that knows neither ranks nor ZeRO stages, because DeepSpeed's own files open only where they were
-written. Everything that reaches into DeepSpeed's optimisers stands in the three `_Stage…` classes at the end.
+written. What reaches into DeepSpeed's optimisers stands in `mcf.engine.stages`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +23,10 @@ from torch import Tensor, nn
 
 from mcf.config import Recipe
 from mcf.distributed import World
-from mcf.errors import UserError, missing_package
+from mcf.engine.library import deepspeed_config, import_deepspeed
+from mcf.engine.stages import MOMENTS, STAGES, Sharded, Stage
+from mcf.errors import UserError
 from mcf.spread import Spread
-from mcf.zero import bucket, persistent
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Engine:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or parameter.dtype != torch.float32:
                 raise ValueError(f"parameter {name} is frozen or not float32: the engine trains all, in float32")
-        deepspeed = _import_deepspeed(world.device)
+        deepspeed = import_deepspeed(world.device)
         self.world = world
         self.accumulation = accumulation
         self.applied_steps = 0
@@ -95,14 +91,14 @@ class Engine:
         )
         # One rank has nobody to split with: stages 1 to 3 would only keep a second copy of its weights.
         self.stage = recipe.train.zero_stage if world.size > 1 else 0
-        config = _deepspeed_config(recipe, model, self.stage, accumulation, persist)
+        config = deepspeed_config(recipe, model, self.stage, accumulation, persist)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if world.size == 1:
             # There is nobody to average with, and DeepSpeed would still copy all gradients together and apart again.
             self._deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self._deepspeed.module
         self._parameters = dict(self.module.named_parameters())
-        self._stage: _Stage = _STAGES[self.stage](self._deepspeed, list(self._parameters.values()), world)
+        self._stage: Stage = STAGES[self.stage](self._deepspeed, list(self._parameters.values()), world)
         self._keep_buffers()
 
     @property
@@ -173,7 +169,7 @@ class Engine:
     @property
     def splits_parameters(self) -> bool:
         """Whether this rank holds only pieces of the parameters (stage 3 on several ranks)."""
-        return isinstance(self._stage, _StageSharded) and self.world.size > 1
+        return isinstance(self._stage, Sharded) and self.world.size > 1
 
     def local_parameters(self) -> dict[str, Tensor]:
         """Name → what this rank holds of the float32 parameter, to be read and not to be written; no communication.
@@ -278,225 +274,3 @@ def _check_layout(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
                 f"the checkpoint does not fit the model of the recipe: {name} has shape {list(found[name])}, "
                 f"the model needs {list(shape)}; use the recipe it was written with"
             )
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, kept from guessing, compiling and talking."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "deepspeed":
-            raise
-        raise missing_package("deepspeed", "training") from error
-    # On the CPU it would compile its shared-memory collectives at first use, which needs g++, ninja and Python's
-    # headers and saves nothing beside gloo here. Writing the table also spares the probing of all other extensions.
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # It calls collectives by names that torch has since replaced.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    return deepspeed
-
-
-def _deepspeed_config(
-    recipe: Recipe, model: nn.Module, stage: int, accumulation: int, persist: int | None
-) -> dict[str, Any]:
-    size = sum(parameter.numel() for parameter in model.parameters())
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket(size)}
-    if stage in (1, 2):
-        # The norm is ours; DeepSpeed's would cost a second pass and a host synchronisation a parameter group.
-        zero["compute_grad_norm"] = False
-    if stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": persistent(size) if persist is None else persist,
-            # Its defaults keep whole whatever comes back within 10⁹ elements, and fetch ahead as much: of the models
-            # here everything, from the first forward to the last backward, and nothing were saved by splitting.
-            "stage3_max_reuse_distance": 0,
-            "stage3_max_live_parameters": 2 * bucket(size),
-            "stage3_prefetch_bucket_size": bucket(size),
-        }
-    return {
-        "train_micro_batch_size_per_gpu": recipe.local_batch,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": zero,
-        # Not the bf16 section, which would cast parameters and break BatchNorm. No module is "safe" for gradients
-        # reduced in bfloat16: all are reduced in float32.
-        "torch_autocast": {
-            "enabled": recipe.train.precision == "bf16",
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        },
-        "communication_data_type": "fp32",
-        # Its default is 1: the reference does not clip.
-        "gradient_clipping": 0.0,
-        # Its throughput timer synchronises the device at every micro-batch.
-        "timers": {"throughput": {"enabled": False}},
-    }
-
-
-class _Stage:
-    """ZeRO stage 0: every rank holds everything, and gradients are averaged where autograd leaves them."""
-
-    def __init__(self, engine: Any, parameters: list[nn.Parameter], world: World):
-        self.engine = engine
-        self.optimizer = engine.optimizer
-        self.parameters = parameters
-        self.world = world
-        # AdamW makes its state at the first step. Made here, a checkpoint has one layout whatever the step, and
-        # memory that does not suffice shows before the first batch.
-        for flat in self.optimised():
-            self.moments[flat] = {
-                "step": torch.zeros((), device=flat.device),
-                **{name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS},
-            }
-
-    @property
-    def moments(self) -> dict[Tensor, dict[str, Tensor]]:
-        """AdamW's state, by the tensors that it updates."""
-        return self.engine.basic_optimizer.state
-
-    def optimised(self) -> list[Tensor]:
-        """The tensors AdamW updates on this rank."""
-        return list(self.parameters)
-
-    def gradients(self) -> list[Tensor]:
-        """This rank's part of the averaged gradient: over all ranks, every element stands in it exactly once."""
-        # Full and equal on all ranks after the reduction, so that one rank speaks for all.
-        return [p.grad for p in self.parameters if p.grad is not None] if self.world.is_main else []
-
-    def clear_gradients(self) -> None:
-        self.engine.zero_grad()
-
-    def apply(self, norm: float) -> None:
-        """Run the optimiser on the gradients; `norm` is theirs, finite."""
-        self.engine.step()
-
-    def local(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank holds of a parameter."""
-        return parameter.detach()
-
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Full shape of a parameter."""
-        return tuple(parameter.shape)
-
-    def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        """Full parameter (None) or moment of it; collective."""
-        return parameter if moment is None else self.moments[parameter][moment]
-
-    def write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
-        """Set a full parameter (None) or moment of it."""
-        (parameter if moment is None else self.moments[parameter][moment]).copy_(value)
-
-    def set_step_count(self, steps: int) -> None:
-        """Set AdamW's count of steps."""
-        for flat in self.optimised():
-            self.moments[flat]["step"].fill_(steps)
-
-    def publish(self) -> None:
-        """Make parameters that were written known to the forward pass."""
-
-
-class _StageSplit(_Stage):
-    """ZeRO stages 1 and 2: each rank optimises a slice of the two flat groups; parameters are whole everywhere."""
-
-    def __init__(self, engine: Any, parameters: list[nn.Parameter], world: World):
-        super().__init__(engine, parameters, world)
-        # Left to itself DeepSpeed ties the moments to their parameters after the first step.
-        self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def optimised(self) -> list[Tensor]:
-        return self.optimizer.single_partition_of_fp32_groups
-
-    def gradients(self) -> list[Tensor]:
-        # Slices are padded with zeros, which no norm feels.
-        return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
-
-    def clear_gradients(self) -> None:
-        # What DeepSpeed does itself when a float16 step overflows.
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffers in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
-            for group in buffers:
-                buffers[group] = None
-        self.optimizer.micro_step_id = -1
-
-    def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return parameter if moment is None else safe_get_full_optimizer_state(parameter, moment)
-
-    def write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if moment is None:
-            parameter.copy_(value)
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, moment)
-
-
-class _StageSharded(_Stage):
-    """ZeRO stage 3: of every parameter each rank holds one piece of equal length, the last one padded."""
-
-    def __init__(self, engine: Any, parameters: list[nn.Parameter], world: World):
-        super().__init__(engine, parameters, world)
-        self._norm = math.nan
-        # DeepSpeed has no switch for its own norm under this stage (a collective and a host synchronisation a group).
-        self.optimizer._get_norm_groups = lambda: [torch.tensor(self._norm)]
-
-    def optimised(self) -> list[Tensor]:
-        return self.optimizer.fp32_partitioned_groups_flat
-
-    def gradients(self) -> list[Tensor]:
-        pieces = []
-        for group, gradients in self.optimizer.averaged_gradients.items():
-            for parameter, piece in zip(self.optimizer.fp16_groups[group], gradients):
-                real = parameter.ds_numel - self.world.rank * piece.numel()
-                pieces.append(piece.view(-1)[: max(0, real)])
-        return pieces
-
-    def clear_gradients(self) -> None:
-        # The beginning of DeepSpeed's own step and its way out of an overflow.
-        self.optimizer._pre_step()
-        self.optimizer._partition_all_parameters()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.averaged_gradients = {}
-        self.optimizer._post_step(set())
-
-    def apply(self, norm: float) -> None:
-        self._norm = norm
-        super().apply(norm)
-
-    def local(self, parameter: Any) -> Tensor:
-        return parameter.ds_tensor.detach()
-
-    def shape(self, parameter: Any) -> tuple[int, ...]:
-        return tuple(parameter.ds_shape)
-
-    def read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if moment is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, moment)
-
-    def write(self, parameter: Any, moment: str | None, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        length = parameter.ds_tensor.numel()
-        piece = value.flatten()[self.world.rank * length :][:length]
-        piece = nn.functional.pad(piece, (0, length - piece.numel()))
-        if moment is None:
-            safe_set_local_fp32_param(parameter, piece)
-        else:
-            safe_set_local_optimizer_state(parameter, piece, moment)
-
-    def publish(self) -> None:
-        self.optimizer._partition_all_parameters()
-        for group in range(len(self.optimizer.fp16_groups)):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        self.optimizer._post_step(set())
-
-
-_STAGES = {0: _Stage, 1: _StageSplit, 2: _StageSplit, 3: _StageSharded}
