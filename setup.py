@@ -30,6 +30,8 @@ setup(
         "nvidia-dali-cuda130>=2.1,<3",
         "submitit>=1.5.2,<2",
         "xformers>=0.0.35,<0.1",
+        # What xformers' wheel is linked with, whatever CUDA torch has (mcf.attention loads it).
+        "nvidia-cuda-runtime-cu12>=12.8,<13; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "mlflow>=3.10,<4",
         "pyyaml>=6,<7",
         "pydantic>=2.7,<3",

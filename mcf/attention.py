@@ -13,9 +13,13 @@ Which one is in use is logged once: for each shape with `auto`, else for each ty
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import warnings
 from functools import cache
+from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,6 +141,7 @@ def refusal(implementation: str, device: str, dtype: torch.dtype, head_dim: int,
         return f"{implementation} computes on NVIDIA GPUs only"
     try:
         if implementation == "xformers":
+            _load_cuda_12()
             _xformers()
         # Why a backend does not want it torch says in warnings, one for each of its backends.
         with torch.enable_grad(), warnings.catch_warnings():
@@ -148,13 +153,34 @@ def refusal(implementation: str, device: str, dtype: torch.dtype, head_dim: int,
     except (NotImplementedError, RuntimeError) as error:
         return (
             f"attention={implementation}: does not work here in {_name(dtype)} with heads of {head_dim}: "
-            f"{(str(error).strip().splitlines() or [type(error).__name__])[0]}; use attention=auto"
+            f"{_first_reason(error)}; use attention=auto"
         )
     return ""
 
 
+def _first_reason(error: Exception) -> str:
+    """What an error says, in a line. xformers names its operators first, and why each will not do below them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((why for above, why in pairwise(lines) if above.endswith("not supported because:")), lines[0])
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _load_cuda_12() -> None:
+    """Load CUDA 12's runtime, which xformers' wheel is linked with: beside a torch with CUDA 13 it computes nothing else.
+
+    It is torch's, the system's, or the one of the package that setup.py asks for.
+    """
+    library = "libcudart.so.12"
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(library)
+        return
+    with contextlib.suppress(OSError, metadata.PackageNotFoundError):
+        package = metadata.distribution("nvidia-cuda-runtime-cu12")
+        ctypes.CDLL(str(package.locate_file(f"nvidia/cuda_runtime/lib/{library}")))
 
 
 def _xformers() -> Any:

@@ -2,7 +2,10 @@
 so in one line."""
 
 import logging
+import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -231,9 +234,20 @@ def test_missing_xformers_is_one_line_or_a_fallback(table, monkeypatch, caplog):
     assert "xformers is not installed" in caplog.text and len(caplog.records) == 1
 
 
+def test_cuda_12_is_loaded_for_xformers():
+    """Its wheel needs that library by this name, and torch's wheels with CUDA 13 do not bring it."""
+    code = "from mcf import attention; attention._load_cuda_12(); print(open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "/libcudart.so.12" in done.stdout
+    wanted = Path(str(metadata.distribution("xformers").locate_file("xformers/_C.so"))).read_bytes()
+    assert b"libcudart.so.12\0" in wanted, "xformers is linked with another CUDA now: load that one"
+
+
 def test_xformers_that_does_not_work_is_a_fallback(table, monkeypatch, caplog):
     def refuse(*_):
-        raise NotImplementedError("No operator found for\nthis and that")
+        raise NotImplementedError(
+            "No operator found for\n  this and that\n`a` is not supported because:\n    of that\nand b"
+        )
 
     monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=refuse))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -241,4 +255,4 @@ def test_xformers_that_does_not_work_is_a_fallback(table, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "mcf.attention"):
         assert attention.resolve("auto", "cuda", torch.bfloat16) == "sdpa"
     (record,) = caplog.records
-    assert "bfloat16 with heads of 64: No operator found for; use attention=auto" in record.getMessage()
+    assert "bfloat16 with heads of 64: of that; use attention=auto" in record.getMessage()
