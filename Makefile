@@ -4,6 +4,7 @@
 #   make demo DATA=my/faces       the same on a folder of your own images
 #   make test                     lint, types, tests, but for those that take minutes
 #   make test-slow                those: runs that are killed, a real Slurm, many ranks
+#   make test-gpu                 those that need a GPU, on one
 #   make gpu-check OUT=folder     the kernels' GPU tests and benchmark, on a machine with torch, triton, numpy and pytest
 #
 # Which torch: TORCH names the version, PIP_TORCH adds options to the one pip call that installs it. PyPI's wheel is the
@@ -25,7 +26,7 @@ BIN   := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint install gpu-check clean
+.PHONY: demo test test-slow test-gpu lint install gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -36,6 +37,9 @@ test: lint
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow $(ARGS)
+
+test-gpu: $(STAMP)
+	MCF_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

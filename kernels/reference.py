@@ -118,7 +118,9 @@ def patch_gather(
         flat = grid.reshape(batch, rows * columns, patch_size * patch_size * channels)
         picked = flat if ids is None else flat.gather(1, ids[:, :, None].expand(-1, -1, flat.shape[-1]))
         pixels = picked.view(batch, picked.shape[1], patch_size * patch_size, channels).to(torch.float32) / 255
-        pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
+        # Filled on the device: for a list to be copied there, the host would wait for it.
+        means, stds = (torch.stack([pixels.new_full((), value) for value in values]) for values in (mean, std))
+        pixels = (pixels - means) / stds
         return pixels.transpose(2, 3).flatten(2).to(dtype or torch.float32)
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size

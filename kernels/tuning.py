@@ -135,13 +135,17 @@ def config(kernel: str, shape: str, chip: str) -> Config:
 
 
 def chip_of(device: torch.device) -> str:
-    """The chip whose rows hold on a device: the newest of CHIPS that is no newer; "interpreter" where kernels run in it."""
+    """The chip whose rows hold on a device: the newest of CHIPS that is no newer, and has no more shared memory.
+
+    "interpreter" where kernels run in it.
+    """
     return "interpreter" if INTERPRETED else _chip(device)
 
 
 @cache
 def _chip(device: torch.device) -> str:
-    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+    # Not the GPUs for desktops from sm_120 on, which have half of its shared memory.
+    return "sm_90" if (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0) else "sm_80"
 
 
 def type_of(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ Collectives work on the default group, carry no gradient, and do the same at wor
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -25,6 +26,8 @@ from torch import Tensor
 from mcf.errors import UserError
 from mcf.exits import UNAVAILABLE
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 # torch 2.13 renamed the collective and warns about the old name, which 2.10 alone knows.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,7 +43,8 @@ class World:
 
     rank: 0 … size−1. size: number of ranks. local_rank: number among the ranks of this host. local_size: ranks on this
     host. device: where tensors of this rank live. host: name of the machine. cores: CPU cores that are this rank's
-    share (cores it may run on, divided by the ranks of this host that may run on them too; at least 1).
+    share (cores it may run on, divided by the ranks of this host that may run on them too; at least 1). timeout: seconds
+    after which a collective that not all ranks reach ends the run, for groups that others make.
     """
 
     rank: int
@@ -50,6 +54,7 @@ class World:
     device: torch.device
     host: str
     cores: int
+    timeout: float = PATIENCE
 
     @property
     def is_main(self) -> bool:
@@ -97,7 +102,10 @@ def join(backend: str | None = None, timeout: float = 1800.0) -> World:
                 # A store inside the process: no port, hence nothing that two runs on one machine could fight over.
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
             else:
+                if backend == "nccl":
+                    os.environ.setdefault("NCCL_DEBUG", "WARN")  # what goes wrong there, NCCL alone can tell
                 dist.init_process_group(backend, init_method="env://", timeout=limit)
+            gather_objects(None)  # NCCL connects here, and not before
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"rank {place.rank} of {place.size} could not join the group at {place.address}:{place.port} over "
@@ -111,7 +119,7 @@ def join(backend: str | None = None, timeout: float = 1800.0) -> World:
     mine = available_cores()
     sharers = sum(1 for cores in here if cores & mine)
     share = max(1, int(min(len(mine) / sharers, cpu_quota() / len(here))))
-    return World(place.rank, place.size, place.local_rank, len(here), device, host, share)
+    return World(place.rank, place.size, place.local_rank, len(here), device, host, share, timeout)
 
 
 def leave() -> None:
@@ -204,6 +212,7 @@ def _port(env: Mapping[str, str], kind: str) -> int:
 
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
+        _expect_no_gpu(os.environ)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count > 1:
@@ -214,6 +223,26 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank if local_rank < count else 0)
     torch.cuda.set_device(device)
     return device
+
+
+def _expect_no_gpu(env: Mapping[str, str], there: Path = Path("/proc/driver/nvidia/gpus")) -> None:
+    """Refuse to compute on the CPU where this process was given GPUs that torch cannot use; say so where there are some."""
+    shown = env.get("CUDA_VISIBLE_DEVICES", "").strip()
+    given = shown or env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS")
+    why = (
+        f"torch {torch.__version__} is a build without CUDA" if torch.version.cuda is None else
+        f"torch {torch.__version__} cannot use them, which nvidia-smi may explain (CUDA 13 needs a driver from 580 on)"
+    )  # fmt: skip
+    if "CUDA_VISIBLE_DEVICES" in env and shown in ("", "-1", "NoDevFiles"):
+        return
+    if given:
+        raise UserError(
+            f"{socket.gethostname()}: this process was given GPUs ({given}), but {why}; mend that, or set "
+            "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU",
+            UNAVAILABLE,
+        )
+    if any(there.glob("*")):
+        log.warning("%s has GPUs, but %s: computing on the CPU", socket.gethostname(), why)
 
 
 def available_cores() -> set[int]:

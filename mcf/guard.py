@@ -7,9 +7,13 @@ warns when the queries fall together (collapse), which no loss term shows by its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from mcf.config import GuardConfig
 from mcf.errors import UserError
@@ -76,3 +80,21 @@ class Guard:
             )
         self._collapse_told = fallen
         return fallen
+
+
+@contextlib.contextmanager
+def memory_suffices(micro_batch: int, first: bool) -> Iterator[None]:
+    """Within, a GPU's memory that does not suffice is a UserError in the `first` step, which no other start would change.
+
+    Later, when it has sufficed, the error stays what it is: another process may have taken the memory, and the next start
+    of the job may go on.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not first:
+            raise
+        raise UserError(
+            f"micro_batch={micro_batch}: the GPU's memory does not suffice for a step ({str(error).splitlines()[0]}); use a "
+            "smaller one, or speed.recompute=[encoder,decoder,teacher]"
+        ) from None

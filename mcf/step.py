@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """What became of a step: whether it was applied, the gradient's norm, and this rank's part of the rest.
+    """What became of a step: whether it was applied, the gradient's norm, whether to stop, and this rank's part of the rest.
 
     terms: named loss terms and statistics of each micro-batch. keys: of the samples. picture: images uint8 [b, H, W, 3],
     mask bool [b, L] and pred [b, L, P·P·3] of the last micro-batch.
@@ -49,6 +49,7 @@ class Outcome:
 
     applied: bool = False
     grad_norm: float = float("nan")
+    stop: bool = False
     terms: list[dict[str, Tensor]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     picture: tuple[Tensor, ...] = ()
@@ -111,8 +112,11 @@ class Step:
             parts["momentum"] = self.momentum
         compile_blocks(*(part for part in parts.values() if part is not None))
 
-    def __call__(self, step: int, batches: Iterator[Batch]) -> Outcome:
-        """Step number `step` (from 0) on the next micro-batches. Collective."""
+    def __call__(self, step: int, batches: Iterator[Batch], stop: Callable[[], bool] = lambda: False) -> Outcome:
+        """Step number `step` (from 0) on the next micro-batches. Collective.
+
+        stop: asked when the gradient is there; the outcome tells all ranks if one of them says yes.
+        """
         outcome = Outcome()
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         m = self.momentum_at(step)
@@ -139,8 +143,8 @@ class Step:
                 outcome.picture = batch.images, mask, pred.detach()
 
         self.mark("step")
-        result = self.engine.step(self.learning_rate_at(step), finite=finite)
-        outcome.applied, outcome.grad_norm = result.applied, result.grad_norm
+        result = self.engine.step(self.learning_rate_at(step), finite=finite, stop=stop())
+        outcome.applied, outcome.grad_norm, outcome.stop = result.applied, result.grad_norm, result.stop
         if not result.applied:
             self.momentum.restore()
         elif self.recipe.momentum.update == "step":

@@ -24,7 +24,7 @@ from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
 from mcf.errors import UserError
 from mcf.exits import SAVED, leave_at_once
-from mcf.guard import Guard
+from mcf.guard import Guard, memory_suffices
 from mcf.meters import Meters
 from mcf.models.teacher import Teacher
 from mcf.plan import make_plan
@@ -118,7 +118,8 @@ class Training:
             told, stopping, failure = False, False, None
             while progress.step < last:
                 self.mark("loading", progress.step + 1)
-                outcome = self.step(progress.step, batches)
+                with memory_suffices(recipe.local_batch, first=progress.step + 1 == first):
+                    outcome = self.step(progress.step, batches, lambda: stop.received)
                 self.mark("logging")
                 progress.step += 1
                 progress.samples_seen += recipe.batch
@@ -130,7 +131,7 @@ class Training:
                     memory.leave_out_of_collections()
                 self.guard.observe(progress.step, outcome.applied, outcome.keys, {"grad_norm": outcome.grad_norm})
 
-                told = distributed.any_rank(stop.received)
+                told = outcome.stop
                 stopping = told or progress.step == last
                 probed = self._probed(told)
                 if stopping or probed or self._due(recipe.train.log_every):

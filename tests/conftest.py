@@ -13,8 +13,12 @@ import pytest
 if TYPE_CHECKING:
     from mcf import distributed
 
-# Before anything imports them: DeepSpeed picks its accelerator, MLflow and DALI speak, at import.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# A machine's GPUs are for the tests that ask for one (`make test-gpu`): several ranks could not share one, and a run on a
+# GPU is not equal to the last bit of one on a CPU.
+if not os.environ.get("MCF_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# Before anything imports them: MLflow and DALI speak at import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from mcf import distributed
 from mcf.distributed import Rendezvous, cpu_quota, launch_name, rendezvous
 from mcf.errors import UserError
 from mcf.exits import UNAVAILABLE
@@ -242,3 +243,32 @@ def test_no_meeting_is_one_line():
     ((status, text),) = run_ranks(code, [env])
     assert status == 0
     assert f"UserError {UNAVAILABLE} rank 1 of 2 could not join the group at 127.0.0.1:{port} over gloo" in text
+
+
+def test_gpus_that_torch_cannot_use_are_no_reason_to_compute_on_the_cpu(tmp_path, caplog, monkeypatch):
+    """Sixteen nodes of GPUs would compute on their CPUs until the time is up."""
+    (tmp_path / "0000:1b:00.0").mkdir()
+    given = [
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-4c1d"},
+        {"SLURM_JOB_GPUS": "0-7"},
+        {"SLURM_STEP_GPUS": "3"},
+    ]
+    for env in given:
+        with pytest.raises(
+            UserError, match=r"was given GPUs \(.*\), but torch .*; mend that, or set CUDA_VIS"
+        ) as caught:
+            distributed._expect_no_gpu(env, tmp_path)
+        assert caught.value.status == UNAVAILABLE
+    for hidden in ("", " ", "-1", "NoDevFiles"):  # Slurm's word for none of a node's
+        distributed._expect_no_gpu({"CUDA_VISIBLE_DEVICES": hidden, "SLURM_JOB_GPUS": "0"}, tmp_path)
+    distributed._expect_no_gpu({}, tmp_path / "nothing")
+    assert not caplog.records
+    distributed._expect_no_gpu({}, tmp_path)
+    (record,) = caplog.records
+    assert "has GPUs, but torch" in record.getMessage() and "computing on the CPU" in record.getMessage()
+    # It is asked of a process that finds none.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="was given GPUs"):
+        distributed._device(0)

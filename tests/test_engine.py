@@ -170,6 +170,12 @@ def test_local_parameters_are_the_saved_ones_or_pieces_of_them(trained, size, st
     assert local == [{}] * size
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_deepspeeds_own_group_waits_as_long_as_ours(trained, size):
+    """It would take torch's default: with NCCL ten minutes, after which a rank that is only slow ends the others."""
+    assert trained[size][0]["timeouts"] == [worker.TIMEOUT] * 2
+
+
 @pytest.mark.parametrize("stage", (*STAGES, "persistent"))
 @pytest.mark.parametrize("size", SIZES)
 def test_refused_step_changes_nothing(trained, size, stage):
@@ -177,6 +183,7 @@ def test_refused_step_changes_nothing(trained, size, stage):
         got = rank["refused", stage]
         assert not got["nan"].applied and not math.isfinite(got["nan"].grad_norm)
         assert not got["flag"].applied and math.isfinite(got["flag"].grad_norm)
+        assert got["stops"] == [False, True, True, False], "one rank's wish to stop is heard by all, applied or not"
     got = trained[size][0]["refused", stage]
     for after in ("after_nan", "after_all"):
         assert_equal_bitwise(got[after], got["before"])

@@ -6,10 +6,11 @@ import json
 import logging
 
 import pytest
+import torch
 
 from mcf.config import GuardConfig
 from mcf.errors import UserError
-from mcf.guard import Guard
+from mcf.guard import Guard, memory_suffices
 
 
 def test_bad_steps_are_written_down_and_a_good_one_resets(tmp_path):
@@ -45,3 +46,16 @@ def test_collapse_is_told_once_a_fall(tmp_path, caplog):
         told = [guard.watch_collapse(s, v) for s, v in enumerate([1.0, 0.1, 0.1, 0.9, 0.05])]
     assert told == [False, True, True, False, True]
     assert caplog.text.count("collapsing") == 2
+
+
+def test_memory_that_does_not_suffice_for_the_first_step_is_the_users_to_mend():
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …"
+    with (
+        pytest.raises(
+            UserError, match=r"^micro_batch=64: .*for a step \(CUDA out of memory\. .* GiB\.\); use a smaller"
+        ),
+        memory_suffices(64, first=True),
+    ):
+        raise torch.OutOfMemoryError(full)
+    with pytest.raises(torch.OutOfMemoryError), memory_suffices(64, first=False):
+        raise torch.OutOfMemoryError(full)

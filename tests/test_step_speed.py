@@ -261,7 +261,7 @@ def test_the_gpu_is_waited_for_once_a_step(world, way, monkeypatch):
         outcome = step(2, iter(taken))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert outcome.applied and verdicts == [(2,)]
+    assert outcome.applied and verdicts == [(3,)]
 
 
 STEPS = """

@@ -22,14 +22,20 @@ KEYS = {
     "seconds": ("420", "start nothing new after so long; what was not reached is said"),
     "plots": ("", "a bench.csv that is only drawn, into `out` or its own folder"),
 }
+LOST = 3
+"""Exit status: an operation has spoilt the GPU for this process, and what came after it was not measured."""
 PER_FUNCTION_S = 1.0
 """Seconds of timing for one implementation of one case."""
 OURS = ("triton", "eager")
 """What the project runs: the kernel, and the reference on a CPU. If one of these is wrong, the benchmark fails."""
 
 
+class DeviceLost(Exception):
+    """After an illegal access, everything that this process does on the GPU fails; the message is that of the access."""
+
+
 def main(argv: list[str]) -> int:
-    """Check and measure, or draw what was measured; 1 if an operation is wrong, 130 where ctrl-C ended it."""
+    """Check and measure, or draw what was measured; 1 if an operation is wrong, 130 where ctrl-C ended it, LOST."""
     try:
         values = parse(
             "mcf.kernels.bench",
@@ -53,6 +59,9 @@ def main(argv: list[str]) -> int:
 def run(cases: list[Case], device: torch.device, timed: bool, until: float, out: Path | None) -> int:
     """Check all cases, time what is right, print and write the tables; 1 if an operation is wrong, 130 if interrupted.
 
+    All kernels come first, and last what has to be compiled for minutes: where time is short, the former are known. Tables
+    have the order of the cases.
+
     Args:
         cases: what of.
         device: where.
@@ -72,21 +81,27 @@ def run(cases: list[Case], device: torch.device, timed: bool, until: float, out:
             f"an empty timing takes {limits.overhead_us:.2g} µs"
         )
     print()
+    work = [(case, name, function) for case in cases for name, function in _functions(case, device, timed).items()]
+    found: dict[int, list[Row]] = {}
     rows: list[Row] = []
-    interrupted = False
+    interrupted, lost = False, ""
     try:
-        for case in cases:
-            functions = _functions(case, device, timed)
-            if "compile" in functions:
+        for index in sorted(range(len(work)), key=lambda i: (work[i][1] != "triton", work[i][1] == "compile")):
+            case, name, function = work[index]
+            if name == "compile":
                 torch._dynamo.reset()  # each shape is compiled for itself, and the compiler counts them as one function's
-            for name, function in functions.items():
-                late = time.monotonic() > until
-                new = _rows(case, name, function, device, limits, "not reached" if late else "")
-                rows += new
-                # What was not timed has the same to say of each pass.
-                print("\n".join(_line(row) for row in (new if new[0].p50_us else new[:1])), flush=True)
-                if out:
-                    _write(rows, machine, out)  # what is measured is kept, whatever ends this
+            late = "the GPU was lost before" if lost else "not reached" if time.monotonic() > until else ""
+            try:
+                new = _rows(case, name, function, device, limits, late)
+            except DeviceLost as why:
+                lost = case.op
+                new = _rows(case, name, function, device, limits, str(why))
+            found[index] = new
+            rows = [row for place in sorted(found) for row in found[place]]
+            # What was not timed has the same to say of each pass.
+            print("\n".join(_line(row) for row in (new if new[0].p50_us else new[:1])), flush=True)
+            if out:
+                _write(rows, machine, out)  # what is measured is kept, whatever ends this
     except KeyboardInterrupt:
         interrupted = True
     wrong = sorted({f"{row.op} {row.shape} {row.implementation}: {row.note}" for row in rows if _wrong(row)})
@@ -100,6 +115,13 @@ def run(cases: list[Case], device: torch.device, timed: bool, until: float, out:
     if interrupted:
         print("error: interrupted; what is above had been measured", file=sys.stderr)
         return 130
+    if lost:
+        others = ",".join(dict.fromkeys(case.op for case in cases if case.op != lost)) or "nothing"
+        print(
+            f"error: the GPU was lost by {lost}, and with it all that came after; go on with op={others}",
+            file=sys.stderr,
+        )
+        return LOST
     return 1 if wrong else 0
 
 
@@ -149,6 +171,8 @@ def _rows(
         note = "out of memory"
     except Exception as failure:  # a baseline that this build of torch lacks must not end the others
         note = f"failed: {type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+        if device.type == "cuda" and not _works(device):
+            raise DeviceLost(note) from None
     rows = []
     for which, work in case.passes().items():
         floor = work.floor_us(limits.bandwidth, limits.throughput) if limits else None
@@ -176,6 +200,15 @@ def _rows(
             )
         )
     return rows
+
+
+def _works(device: torch.device) -> bool:
+    """Whether a GPU still does what this process asks."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _wrong(row: Row) -> bool:

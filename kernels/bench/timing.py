@@ -63,11 +63,16 @@ class CpuClock:
         return 1e6 * (second - first)
 
 
+LONGEST_HOLD_S = 0.1
+"""How long a GPU is held back at most while work is queued."""
+
+
 class CudaClock:
     """Events of the current stream; a round's work is queued behind a kernel that waits until all of it is there."""
 
     def __init__(self) -> None:
         self.cycles = 0
+        torch.cuda._sleep(10_000_000)  # loads the kernel, and has the clock rise
         start = self.mark()
         torch.cuda._sleep(10_000_000)
         stop = self.mark()
@@ -89,7 +94,8 @@ class CudaClock:
     def end(self) -> None:
         """Wait for the device."""
         queued = time.perf_counter() - self.started
-        self.cycles = int(1.5 * queued * self.cycles_per_second)
+        # A call that waits for the device waited for this, too: it must not grow from round to round.
+        self.cycles = int(min(1.5 * queued, LONGEST_HOLD_S) * self.cycles_per_second)
         torch.cuda.synchronize()
 
     def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:

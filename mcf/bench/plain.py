@@ -186,7 +186,7 @@ class PlainMCF(nn.Module):
         pseudo = prediction.reshape(len(images), side, side, patch, patch, 3)
         pseudo = torch.einsum("nhwpqc->nchpwq", pseudo).reshape(images.shape)
         taps = self.recipe.teacher.taps
-        loss = torch.zeros(())
+        loss = prediction.new_zeros(())
         for a, b in zip(self.teacher.features(pseudo, taps), self.teacher.features(images, taps)):
             loss = loss + F.mse_loss(F.normalize(a, dim=1), F.normalize(b.detach(), dim=1))
         return loss
@@ -195,7 +195,7 @@ class PlainMCF(nn.Module):
         """Cross-entropy of each query against all keys, times 2T."""
         temperature = self.recipe.contrast.temperature
         logits = torch.einsum("nc,mc->nm", F.normalize(q, dim=1), F.normalize(k, dim=1)) / temperature
-        return F.cross_entropy(logits, torch.arange(len(q))) * (2 * temperature)
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device)) * (2 * temperature)
 
     @torch.no_grad()
     def move_average(self, m: float) -> None:

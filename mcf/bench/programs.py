@@ -59,6 +59,8 @@ def keep_first_gradients(step: Step, kept: list[bytes]) -> None:
 
 def reference(recipe: Recipe, world: World) -> Program:
     """The released code's way (`mcf.bench.plain`), from the weights that `ours` starts from."""
+    if recipe.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # of its convolution; ours has none, and they are to be equal
     teacher, patches = recipe.teacher, recipe.model.patches
     grid = recipe.model.image_size // teacher.patch_size
     model = PlainMCF(recipe, (grid**2, teacher.patch_size, teacher.width, teacher.depth, teacher.heads))

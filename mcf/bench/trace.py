@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mcf.bench.blocks import is_kernel
 from mcf.bench.parts import MARK
 from mcf.errors import UserError
 
@@ -49,7 +50,7 @@ def record(step: Callable[[], object], path: str) -> dict[str, Any]:
         part = marks[index][1]
         took = event.self_device_time_total if cuda else event.self_cpu_time_total
         seconds[part][event.name] += took / 1e6
-        launches[part] += len(event.kernels)
+        launches[part] += sum(is_kernel(kernel.name) for kernel in event.kernels)
     return {"seconds": {part: dict(found) for part, found in seconds.items()}, "launches": dict(launches)}
 
 

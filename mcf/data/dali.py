@@ -11,14 +11,17 @@ times as long as its decoder, and its flip a fifth of it; torch has the same fil
 that, and little for the flip. jpeg_fancy_upsampling makes the GPU upsample chroma as libjpeg does.
 
 One JPEG that does not decode makes DALI fail the batch and declare the pipeline dead. `Decoder.decode` then finds an
-image that fails on its own, raises `Undecodable`, and goes on with a new pipeline.
+image that fails on its own, raises `Undecodable`, and goes on with a new pipeline. Of a batch that failed on a GPU the
+CPU's decoder is asked; where it finds nothing wrong, it decodes from there on, so that no file ends a run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcf.errors import UserError, missing_package
+
+log = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 26  # a header that claims more is damaged; decoding it would take gigabytes
 
@@ -60,10 +65,11 @@ def jpeg_size(jpeg: np.ndarray) -> tuple[int, int] | None:
 
 
 class Decoded(NamedTuple):
-    """A decoded micro-batch: DALI's list of images, and which of them are to be flipped where DALI has not done so."""
+    """A decoded micro-batch: DALI's list of images, which are to be flipped, and whether DALI has resized and flipped them."""
 
     images: Any
     mirror: np.ndarray
+    ready: bool
 
 
 class Decoder:
@@ -84,6 +90,8 @@ class Decoder:
         self._only_check = only_check
         self._dali = import_dali()
         self._pipeline: Any = None
+        self._judge: Decoder | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._begun: tuple[Sequence[np.ndarray], np.ndarray, dict[int, str]] = [], np.zeros(0, dtype=bool), {}
 
     def decode(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> Tensor:
@@ -113,17 +121,30 @@ class Decoder:
         if absurd:
             raise Undecodable(absurd)
         try:
-            return Decoded(self._outputs(), mirror)
+            return Decoded(self._outputs(), mirror, self._mixed)
         except RuntimeError as error:
             self.close()
             reasons = self._broken(jpegs, str(error))
             if reasons:
                 raise Undecodable(reasons) from None
-            return Decoded(self._run(jpegs, mirror), mirror)  # no image is to blame: let it fail in its own words
+            if self._mixed:
+                log.warning(
+                    "the GPU does not decode what the CPU does (%s); from here on the CPU decodes", _reason(error)
+                )
+                self._mixed = False
+            # If there still is no image to blame, it fails in its own words.
+            return Decoded(self._run(jpegs, mirror), mirror, self._mixed)
 
     def finish(self, decoded: Decoded) -> Tensor:
         """The images of what was waited for; the next micro-batch may have begun."""
-        return self._copied(decoded.images) if self._mixed else self._resized(decoded.images, decoded.mirror)
+        if decoded.ready:
+            return self._copied(decoded.images)
+        return self.handed_over(self._resized(decoded.images, decoded.mirror))
+
+    def handed_over(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor on the device, whole when this returns, and without waiting for what training has queued there."""
+        with self._beside_training():
+            return self._given(tensor.to(self.device))
 
     def close(self) -> None:
         """Let the pipeline and its buffers go; the next batch builds another."""
@@ -143,6 +164,16 @@ class Decoder:
         return {}
 
     def _failure(self, jpeg: np.ndarray) -> str | None:
+        if self._mixed:
+            # Alone, an image takes another way through the GPU than in a batch. The CPU's decoder has one way, and is strict.
+            self._judge = self._judge or Decoder(
+                self.image_size, 1, device=torch.device("cpu"), threads=1, only_check=True
+            )
+            try:
+                self._judge.check([jpeg])
+            except Undecodable as error:
+                return error.reasons[0]
+            return None
         try:
             self._run([jpeg], np.zeros(1, dtype=bool))
         except RuntimeError as error:
@@ -200,11 +231,27 @@ class Decoder:
     def _copied(self, images) -> Tensor:
         """Pictures of the right size, copied out of DALI's buffer on the GPU."""
         dense = images.as_tensor()
-        result = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device)
-        self._dali[3](dense, result, cuda_stream=stream)
-        stream.synchronize()
-        return result
+        with self._beside_training() as stream:
+            result = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
+            self._dali[3](dense, result, cuda_stream=stream)
+            stream.synchronize()
+            return self._given(result)
+
+    @contextlib.contextmanager
+    def _beside_training(self) -> Iterator[Any]:
+        """On a GPU, have torch use a stream of the decoder's own: training's would first do all that was queued there."""
+        if self.device.type != "cuda":
+            yield None
+            return
+        self._stream = self._stream or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._stream):
+            yield self._stream
+
+    def _given(self, tensor: Tensor) -> Tensor:
+        """A tensor made beside training: once training lets go of it, its memory waits for what training does with it."""
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.default_stream(tensor.device))
+        return tensor
 
     def _resized(self, images, mirror: np.ndarray) -> Tensor:
         """Pictures of the right size, from pictures of any sizes; those of one size are resized in one go."""
@@ -221,7 +268,7 @@ class Decoder:
                     result[i].copy_(picture)
         for i in np.flatnonzero(mirror).tolist():
             result[i].copy_(_mirrored(result[i]))
-        return result.to(self.device)
+        return result
 
     def _to_side(self, pictures: Tensor) -> Tensor:
         """Pictures of one size, uint8 [n, H, W, 3], at the right size: themselves where they have it."""

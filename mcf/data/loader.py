@@ -112,7 +112,7 @@ class Loader:
             )
         self.data, self.batch, self.micro_batch, self.seed = data, batch, micro_batch, seed
         self.image_size, self.rank, self.world_size, self.start = image_size, rank, world_size, start
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         self.threads = data.threads or threads or _share_of_cores()
         self.pauses, self.local_ranks = pauses, local_ranks
         # Made here, so that a package or a GPU that is missing is told at once, and so that DALI, which cleans up when
@@ -281,7 +281,7 @@ class _Producer:
 
     def _batch(self, work: _Work, decoded: Decoded) -> Batch:
         keys = [sample.stored.key for sample in work.samples]
-        return Batch(self.decoder.finish(decoded), work.positions.to(self.loader.device), keys)
+        return Batch(self.decoder.finish(decoded), self.decoder.handed_over(work.positions), keys)
 
     def _replace(self, work: _Work, reasons: dict[int, str], reader: Reader) -> None:
         self._refuse_too_many(work.samples, reasons)
@@ -338,6 +338,11 @@ def _check_ranks(batch: int, micro_batch: int, streams: int, world_size: int) ->
             f"batch={batch} is no multiple of {world_size} ranks · micro_batch={micro_batch}; "
             f"set micro_batch to a divisor of {batch // world_size}"
         )
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device by its number, which a thread of its own does not have from the thread that made it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _share_of_cores() -> int:

@@ -5,7 +5,7 @@
     result = engine.step(lr)                              once a step; refuses a non-finite gradient, on all ranks alike
 
 Two habits differ from DeepSpeed's own. Whether a step is applied is decided here, before the optimiser is touched: one
-number (the gradient norm) and one flag are agreed by all ranks in one all-reduce and one host synchronisation. And state
+number (the gradient norm) and two flags are agreed by all ranks in one all-reduce and one host synchronisation. And state
 is saved in a layout that knows neither ranks nor ZeRO stages, because DeepSpeed's own files open only where they were
 written. What reaches into DeepSpeed's optimisers stands in `mcf.engine.stages`.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mcf.config import Recipe
 from mcf.distributed import World
-from mcf.engine.library import deepspeed_config, import_deepspeed
+from mcf.engine.library import deepspeed_config, import_deepspeed, keep_timeout
 from mcf.engine.stages import MOMENTS, STAGES, Sharded, Stage
 from mcf.errors import UserError
 from mcf.spread import Spread
@@ -34,11 +34,13 @@ class StepResult:
     """What became of a step.
 
     applied: whether weights, moments and counters changed. grad_norm: L2 norm of the averaged gradient over all
-    parameters, float32 accuracy, the same on all ranks; inf or nan where that is why the step was refused.
+    parameters, float32 accuracy, the same on all ranks; inf or nan where that is why the step was refused. stop: whether
+    any rank wants to stop.
     """
 
     applied: bool
     grad_norm: float
+    stop: bool = False
 
 
 class Engine:
@@ -92,6 +94,7 @@ class Engine:
         # One rank has nobody to split with: stages 1 to 3 would only keep a second copy of its weights.
         self.stage = recipe.train.zero_stage if world.size > 1 else 0
         config = deepspeed_config(recipe, model, self.stage, accumulation, persist)
+        keep_timeout(world.timeout)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if world.size == 1:
             # There is nobody to average with, and DeepSpeed would still copy all gradients together and apart again.
@@ -127,7 +130,7 @@ class Engine:
         self._deepspeed.backward(loss)
         self._micro_step += 1
 
-    def step(self, lr: float, finite: Tensor | bool = True) -> StepResult:
+    def step(self, lr: float, finite: Tensor | bool = True, stop: bool = False) -> StepResult:
         """Apply the step at learning rate `lr`, or nothing where the gradient or a rank's `finite` flag forbids it.
 
         A refused step changes neither parameters nor moments, buffers or counters, and the next one starts clean. A norm
@@ -137,26 +140,27 @@ class Engine:
         Args:
             lr: learning rate of all parameters.
             finite: whether this rank saw only finite losses: bool tensor of any shape (on the device), or a bool.
+            stop: whether this rank wants to stop, which all ranks hear; it changes nothing about the step.
         """
         if self._micro_step != self.accumulation:
             raise RuntimeError(f"step after {self._micro_step} of {self.accumulation} micro-batches")
         device = self.world.device
         refused = torch.as_tensor(finite, device=device).logical_not().any().double()
         square = torch.nn.utils.get_total_norm(self._stage.gradients()).to(device).double().square()
-        verdict = torch.stack([square, refused])
+        verdict = torch.stack([square, refused, square.new_full((), float(stop))])
         dist.all_reduce(verdict)
-        square_sum, refusals = verdict.tolist()
+        square_sum, refusals, stops = verdict.tolist()
         norm = math.sqrt(square_sum) if square_sum >= 0 else math.nan
         if refusals or not math.isfinite(norm):
             self.discard()
-            return StepResult(False, norm)
+            return StepResult(False, norm, stops > 0)
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self._stage.apply(norm)
         self._keep_buffers()
         self._micro_step = 0
         self.applied_steps += 1
-        return StepResult(True, norm)
+        return StepResult(True, norm, stops > 0)
 
     def discard(self) -> None:
         """Forget the micro-batches since the last step, on all ranks: gradients, and what buffers took from them."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mcf.config import Recipe
@@ -17,8 +19,7 @@ from mcf.zero import bucket, persistent
 
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, kept from guessing, compiling and talking."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = device.type
     try:
         import deepspeed
         import deepspeed.ops
@@ -29,10 +30,21 @@ def import_deepspeed(device: torch.device) -> Any:
     # On the CPU it would compile its shared-memory collectives at first use, which needs g++, ninja and Python's
     # headers and saves nothing beside gloo here. Writing the table also spares the probing of all other extensions.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        # With it, a GPU that CUDA_VISIBLE_DEVICES names otherwise than by a number is an error.
+        deepspeed.accelerator.cuda_accelerator.pynvml = None
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # It calls collectives by names that torch has since replaced.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     return deepspeed
+
+
+def keep_timeout(seconds: float) -> None:
+    """Have DeepSpeed's own group wait for ranks as long as the default one; it would take torch's ten minutes. Collective."""
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=seconds))
 
 
 def deepspeed_config(

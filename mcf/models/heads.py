@@ -43,7 +43,7 @@ class BatchNorm(nn.BatchNorm1d):
     def _over_all_ranks(self, x: Tensor) -> Tensor:
         # One vector of sums, squares and count; in float64, where E[x²] − E[x]² loses nothing that float32 had.
         wide = x.double()
-        sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_tensor([len(x)])])
+        sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(x))])
         total, squares, count = _AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
         # A tensor still: to know its value, the host would have to wait for the device.
         samples = count.detach()

@@ -18,7 +18,8 @@ STD = (0.229, 0.224, 0.225)
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] → float32 [B, 3, H, W] in ImageNet-normalised units."""
     pixels = images.to(torch.float32) / 255
-    return ((pixels - pixels.new_tensor(MEAN)) / pixels.new_tensor(STD)).permute(0, 3, 1, 2)
+    mean, std = (torch.stack([pixels.new_full((), value) for value in values]) for values in (MEAN, STD))
+    return ((pixels - mean) / std).permute(0, 3, 1, 2)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

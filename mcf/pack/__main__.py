@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mcf import cli
@@ -28,14 +31,32 @@ def main(argv: list[str]) -> int:
         submit(options, argv)
         return 0
     if not options.verify:
-        pack(options)
+        with _gpus_left_alone(options):
+            pack(options)
         return 0
     if not options.out:
         raise UserError("out is missing; say python -m mcf.pack out=SHARDS verify=true")
     manifest = load_manifest(Path(options.out), key="out")
-    verify(manifest)
+    with _gpus_left_alone(options):
+        verify(manifest)
     print(f"{options.out}: {manifest.samples:,} images in {len(manifest.shards):,} shards, all as they were written")
     return 0
+
+
+@contextmanager
+def _gpus_left_alone(options: PackConfig) -> Iterator[None]:
+    """All is done on the CPU, and DALI's codecs would still open a GPU in every worker. A detector of the user's own may want it."""
+    if ":" in (options.detector or ""):
+        yield
+        return
+    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 if __name__ == "__main__":

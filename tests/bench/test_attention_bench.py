@@ -63,8 +63,8 @@ def test_rows_are_printed_and_recorded_and_numbers_kept(table, tmp_path, capsys)
             # The table keeps four digits.
             assert float(number["us"]) == pytest.approx(row.us[number["implementation"]], rel=1e-3)
             assert float(number["error"]) < 2e-6 and number["gradient"] == str(key.gradient)
-        starred = [line for line in shown[2:8] if f"{row.choice}*" in line]
-        assert starred and "both" in starred[-1]
+        (starred,) = [line for line in shown[2:8] if "*" in line and ("both" in line) == key.gradient]
+        assert f" {row.choice}* " in starred
 
 
 def test_without_record_the_table_stays(table):

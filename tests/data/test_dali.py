@@ -193,7 +193,59 @@ def test_the_gpu_decodes_the_same_pictures():
     on_gpu = Decoder(32, 8, device=torch.device("cuda")).decode(jpegs, mirror)
     on_cpu = Decoder(32, 8, device=CPU).decode(jpegs, mirror)
     assert on_gpu.is_cuda
-    assert (on_gpu.cpu().int() - on_cpu.int()).abs().max() <= 3  # nvJPEG's inverse DCT may round otherwise
+    # nvJPEG's inverse DCT may round otherwise, and DALI promises a step on average and nothing of single pixels. Chroma
+    # upsampled otherwise, or a picture not mirrored, is off by 20 and more.
+    error = (on_gpu.cpu().int() - on_cpu.int()).abs().float()
+    assert error.mean() < 1 and error.max() <= 16
+
+
+@pytest.mark.gpu
+def test_the_gpu_finds_broken_images_or_leaves_them_to_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    decoder = Decoder(32, 8, device=torch.device("cuda"))
+    jpegs = [raw(make_jpeg(i, (48, 48))) for i in range(8)]
+    jpegs[3] = truncated(3)
+    for _ in range(3):
+        with pytest.raises(Undecodable) as caught:
+            decoder.decode(jpegs, np.zeros(8, bool))
+        assert list(caught.value.reasons) == [3]
+
+
+class _LikeAGPU(Decoder):
+    """A decoder that takes itself for one on a GPU, whose batches of more than one image fail, as DALI says it."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self._mixed = True
+
+    def _build(self):
+        return _Failing() if self._mixed else super()._build()
+
+
+class _Failing:
+    def feed_input(self, name, values):
+        self.count = len(values)
+
+    def schedule_run(self):
+        pass
+
+    def outputs(self):
+        raise RuntimeError(f"Error in mixed operator, encountered: hardware decoder, {self.count} images, sample #1")
+
+
+def test_what_a_gpu_alone_refuses_the_cpu_decodes_from_there_on(caplog):
+    good = [raw(make_jpeg(i)) for i in range(4)]
+    mirror = np.array([True, False, False, True])
+    expected = Decoder(32, 4, device=CPU).decode(good, mirror)
+    decoder = _LikeAGPU(32, 4, device=CPU)
+    with pytest.raises(Undecodable) as caught:  # one that the CPU refuses too is named, and the GPU goes on
+        decoder.decode([*good[:2], truncated(2), good[3]], mirror)
+    assert list(caught.value.reasons) == [2] and not caplog.records
+    for _ in range(2):
+        assert torch.equal(decoder.decode(good, mirror), expected)
+    (record,) = caplog.records
+    assert "hardware decoder" in record.getMessage() and "from here on the CPU decodes" in record.getMessage()
 
 
 def decodes(decoder: Decoder, jpeg: np.ndarray) -> bool:

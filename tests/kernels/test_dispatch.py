@@ -230,7 +230,13 @@ def test_every_kernel_has_rows_for_every_chip():
 def test_a_chip_takes_the_rows_of_the_newest_that_is_no_newer(monkeypatch):
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     tuning._chip.cache_clear()
-    for capability, chip in (((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_90")):
+    for capability, chip in (
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_90"),
+        ((12, 0), "sm_80"),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         tuning._chip.cache_clear()
         assert tuning.chip_of(CUDA) == chip

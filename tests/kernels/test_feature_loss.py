@@ -99,7 +99,8 @@ def test_features_that_are_nearly_the_targets_keep_their_digits(device):
     # Each difference, 1e-4 of its terms, has lost four digits of seven: 1e-3 of itself, at random over 2,500 of them.
     # 2 − 2·cos, which is 1e-8, would be nothing but rounding.
     assert float(ours) == pytest.approx(float(loss), rel=1e-4)
-    assert float(kernels.feature_loss(b, b, implementation="triton")) == 0
+    # On a GPU a·scale − b·scale is one fused operation, which keeps what rounding one of the products has lost.
+    assert float(kernels.feature_loss(b, b, implementation="triton")) < 1e-15
 
 
 @pytest.mark.parametrize("implementation", ["triton", "reference"])

@@ -61,13 +61,38 @@ def test_gpu_check_runs_with_nothing_installed(bare_python, tmp_path):
     assert (out / "attention.csv").read_text().count("\n50,12,64,") == 12, (
         "three implementations, two types, two passes"
     )
-    assert "needs a CUDA device" in (out / "tests.txt").read_text() and "error" not in (out / "tests.txt").read_text()
-    assert "tests: passed" in summary and "skipped" in summary and "warning" not in summary
-    assert (out / "tests.xml").read_text().count("<skipped") >= 1
+    names = [f"tests-{name}" for group in gpu_check.TESTS for name in group]
+    for name in names:
+        said = (out / f"{name}.txt").read_text()
+        assert "needs a CUDA device" in said and "error" not in said
+        assert f"{name}: passed" in summary and (out / f"{name}.xml").read_text().count("<skipped") >= 1
+    assert "skipped" in summary and "warning" not in summary
     assert "NOT GPU numbers" in (out / "bench.txt").read_text()
     rows, _ = table.read_csv(out / "bench.csv")
     assert {row.op for row in rows} == set(registry.OPERATIONS)
     assert not (out / "roofline.png").exists()
+
+
+def test_gpu_check_runs_every_file_that_has_tests_for_a_gpu():
+    here = Path(__file__).parent
+    marked = {file.stem.removeprefix("test_") for file in here.glob("test_*.py") if "mark.gpu" in file.read_text()}
+    assert marked - {"gpu_check"} == {name for group in gpu_check.TESTS for name in group}
+
+
+def test_parts_that_run_at_once_are_told_apart(tmp_path):
+    """One ends badly and one is out of time; each has a log and a line of its own."""
+    check = gpu_check.Check(tmp_path, tmp_path)
+    code = {"well": "print('fine')", "badly": "raise SystemExit(3)", "late": "import time; time.sleep(600)"}
+    outputs = check.run_together({name: [sys.executable, "-c", text] for name, text in code.items()}, 20)
+    assert (
+        outputs["well"] == "fine\n"
+        and outputs["badly"] == ""
+        and "KeyboardInterrupt" in outputs["late"]
+        and check.failed
+    )
+    assert [line.split(" in ")[0] for line in check.lines] == [
+        "well: passed", "badly: FAILED (3)", "late: FAILED (out of time)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [[], [""], ["a", "b"], ["/dev/null/x"]])

@@ -1,5 +1,6 @@
 """The benchmark's command line, and what it writes: it can be read, and drawn elsewhere."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -131,3 +132,33 @@ def test_without_matplotlib_it_says_where_plots_can_be_drawn(tmp_path, capsys, m
     assert "no plots: matplotlib is not installed" in capsys.readouterr().out
     assert bench.main([f"plots={tmp_path / 'bench.csv'}"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_kernels_come_first_and_what_is_lost_by_one_is_said(monkeypatch, tmp_path, capsys):
+    """After an illegal access a process can do nothing on its GPU: the others are measured by another start."""
+    cases = registry.cases("small", torch.float32)[:3] + registry.cases("small", torch.float32)[-2:]
+    assert cases[0].op != cases[-1].op
+    asked: list[tuple[str, str]] = []
+
+    def rows(case, name, function, device, limits, note):
+        asked.append((name, note))
+        if (name, case.op, note) == ("eager", cases[-1].op, ""):
+            raise bench.DeviceLost("failed: an illegal access")
+        return [table.Row(case.op, case.shape, "float32", name, "forward", None, note or "right")]
+
+    def functions(case, device, timed):
+        return dict.fromkeys(("compile", "eager", "triton"))
+
+    monkeypatch.setattr(bench, "_rows", rows)
+    monkeypatch.setattr(bench, "_functions", functions)
+    assert bench.run(cases, CPU, False, time.monotonic() + 60, tmp_path) == bench.LOST
+    plain = ["triton"] * 5 + ["eager"] * 5
+    lost = [("eager", "failed: an illegal access"), *[("compile", "the GPU was lost before")] * 5]
+    assert asked == [(name, "") for name in plain] + lost
+    others = ",".join(dict.fromkeys(case.op for case in cases if case.op != cases[-1].op))
+    error = capsys.readouterr().err
+    assert f"the GPU was lost by {cases[-1].op}, and with it all that came after; go on with op={others}" in error
+    found, _ = table.read_csv(tmp_path / "bench.csv")
+    assert [(row.shape, row.implementation) for row in found] == [
+        (case.shape, name) for case in cases for name in ("compile", "eager", "triton")
+    ]

@@ -31,6 +31,8 @@ def test_kernels_and_baselines_compute_what_the_reference_does(name):
     for which, function in case.functions.items():
         if which in case.ungated or (which == "triton" and not (HAS_TRITON and (INTERPRETED or device.type == "cuda"))):
             continue
+        if which == "library" and case.op == "info_nce" and device.type == "cuda" and case.dtype == torch.float32:
+            continue  # flash attention multiplies in half precision alone there
         if which == "compile":
             # The same graph as on a GPU, run by torch's own operations: a break in it would be an error here too.
             function = baselines.compiled(case.functions["eager"], backend="aot_eager")

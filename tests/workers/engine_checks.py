@@ -18,6 +18,7 @@ from mcf.errors import UserError
 
 STAGES = (0, 1, 2, 3)
 LR = 1e-2
+TIMEOUT = 1234.0
 SAMPLES, WIDTH = 4, 5
 
 
@@ -67,7 +68,7 @@ class Run:
         model = Toy(seed + 17 * world.rank)
         self.engine = Engine(model, recipe(stage, precision), accumulation=len(self.mine), world=world, persist=persist)
 
-    def step(self, number: int, poison: tuple[int, int] | None = None, finite: bool = True):
+    def step(self, number: int, poison: tuple[int, int] | None = None, finite: bool = True, stop: bool = False):
         for group in self.mine:
             x = batch(number, group)
             if poison == (number, group):
@@ -75,7 +76,7 @@ class Run:
             # As the momentum branch reads them before every micro-batch: under stage 3 in the middle of a step.
             assert self.engine.local_parameters()["token"].abs().sum() > 0
             self.engine.backward(loss_of(self.engine(x)))
-        return self.engine.step(LR, finite=torch.tensor(finite))
+        return self.engine.step(LR, finite=torch.tensor(finite), stop=stop)
 
 
 def train(world, folder: Path) -> dict:
@@ -100,6 +101,7 @@ def train(world, folder: Path) -> dict:
             seen[groups, stage]["splits"] = run.engine.splits_parameters
             if world.is_main:
                 torch.save(states[2], folder / f"state_{world.size}_{groups}_{stage}.pt")
+    seen["timeouts"] = timeouts()
     for stage in STAGES:
         seen["bf16", stage] = half(world, stage)
     for stage in (*STAGES, "persistent"):
@@ -110,18 +112,31 @@ def train(world, folder: Path) -> dict:
     return seen
 
 
+def timeouts() -> list[float]:
+    """Seconds that the default group waits for a rank, and those that DeepSpeed's own do."""
+    from deepspeed.utils import groups
+
+    both = (torch.distributed.group.WORLD, groups._get_data_parallel_group())
+    assert both[0] is not both[1], "DeepSpeed has no group of its own"
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in both]
+
+
 def refused(world, stage: int | str) -> dict:
-    """Steps 0, 1, 2, between them one with a NaN in the last rank's input, one with its flag down, one given up."""
+    """Steps 0, 1, 2, between them one with a NaN in the last rank's input, one with its flag down, one given up.
+
+    At the one with its flag down and at step 1 the last rank wants to stop.
+    """
     run = Run(world, stage, groups=6)
     run.step(0)
     before = run.engine.state_dict()
     nan = run.step(7, poison=(7, 4 + world.size - 1))
     after_nan = run.engine.state_dict()
-    flag = run.step(8, finite=world.rank != world.size - 1)
+    last = world.rank == world.size - 1
+    flag = run.step(8, finite=not last, stop=last)
     run.engine.backward(loss_of(run.engine(batch(9, world.rank))))
     run.engine.discard()
     after_all = run.engine.state_dict()
-    results = [run.step(1), run.step(2)]
+    results = [run.step(1, stop=last), run.step(2)]
     return {
         "nan": nan,
         "flag": flag,
@@ -129,6 +144,7 @@ def refused(world, stage: int | str) -> dict:
         "after_nan": after_nan,
         "after_all": after_all,
         "norms": [result.grad_norm for result in results],
+        "stops": [result.stop for result in (nan, flag, *results)],
         "final": run.engine.state_dict(),
     }
 
@@ -193,7 +209,7 @@ def misused(world, folder: Path) -> dict:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    here = join()
+    here = join(timeout=TIMEOUT)
     set_threads(here, 1)
     for what in sys.argv[2:]:
         seen = {"train": train, "opened": opened, "misused": misused}[what](here, folder)
