@@ -8,7 +8,11 @@ torch.compile: the choice is a constant of the graph.
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -53,7 +57,18 @@ def unavailable(device: torch.device) -> str:
     if device.type != "cuda":
         return f"Triton computes on CUDA devices only, this is {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+    if major < 8:
+        return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+    return _no_launcher()
+
+
+@cache
+def _no_launcher() -> str:
+    """What Triton lacks to build what launches a kernel, with which it begins; "" if nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels, and there is neither gcc nor clang nor CC=…"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"Triton needs Python's headers to launch kernels, and {header} is not there"
 
 
 @torch.compiler.assume_constant_result

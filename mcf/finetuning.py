@@ -78,6 +78,8 @@ class Finetuning:
             )
         self.progress.backbone = identity
         mark("building")
+        if config.train.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # the head's convolutions would round to 10 bits on a GPU
         self.task = TASKS[config.task](self.set, config)
         decoder = build_decoder(config.seed, backbone.vit.width, self.set.channels, config.head)
         self.backbone = backbone.eval().requires_grad_(False) if config.freeze else None
@@ -178,7 +180,7 @@ class Finetuning:
             if self.backbone is None:
                 logits = self.engine(batch.images)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), self.autocast():
                     maps = self.backbone(batch.images)
                 logits = self.engine(*maps)
             terms = self.task.terms(logits, batch)
@@ -188,6 +190,11 @@ class Finetuning:
                 sums[name] = sums.get(name, torch.zeros_like(value.detach())) + value.detach() / self.accumulation
             keys += [prepared.face.name for prepared in batch.faces]
         return sums, keys
+
+    def autocast(self) -> torch.autocast:
+        """Matrix work in bfloat16 if the recipe says so; the engine does the same to what is trained."""
+        bf16 = self.config.train.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of pyramid and head at a step."""

@@ -62,6 +62,7 @@ def test_it_runs_where_torch_is_all_there_is(tmp_path):
     assert "GFLOP an image" in done.stdout
 
 
+@pytest.mark.float8
 def test_a_row_says_what_a_lever_does_and_one_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     chosen = {
         "no": {"attention": "fastest"},

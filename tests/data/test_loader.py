@@ -18,7 +18,7 @@ from PIL import Image
 
 from mcf.config import DataConfig
 from mcf.data.dali import Decoder
-from mcf.data.loader import Loader
+from mcf.data.loader import Loader, _with_index
 from mcf.errors import UserError
 
 BATCH, STREAMS, WINDOW, SIZE = 16, 8, 6, 32
@@ -394,3 +394,11 @@ def test_the_first_batch_of_twenty_million_samples_comes_as_soon_after_a_restart
     # to 19 million sample by sample would take many seconds. Twice and 0.3 s leave room for a busy machine.
     assert max(took["far"], took["later epoch"]) < 2 * took["start"] + 0.3, took
     assert max(took.values()) < 5, took  # 0.14 s on two idle cores
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """The loader's thread has no current device of its own."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert _with_index(torch.device("cuda")) == torch.device("cuda", 3)
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        assert _with_index(device) is device

@@ -81,6 +81,33 @@ def test_triton_where_it_cannot_compute_is_one_line(on, machine, device, dtype, 
     assert str(caught.value) == f"op: implementation='triton': {why}; use 'auto' or 'reference'"
 
 
+def test_without_what_builds_a_launcher_auto_is_the_reference(on, monkeypatch, tmp_path):
+    """Nodes often lack a compiler, or Python's headers, and Triton then fails at the first kernel."""
+    on((9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    include = tmp_path / "include"
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(include))
+
+    def choice() -> str:
+        dispatch._resolve.cache_clear()
+        dispatch._no_launcher.cache_clear()
+        return resolve("auto", CUDA)
+
+    assert choice() == "reference"
+    with pytest.raises(ValueError, match="needs a C compiler to launch kernels, and there is neither gcc nor clang"):
+        resolve("triton", CUDA)
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    assert choice() == "reference"
+    with pytest.raises(ValueError, match=r"needs Python's headers to launch kernels, and .*Python\.h is not there"):
+        resolve("triton", CUDA)
+    include.mkdir()
+    (include / "Python.h").touch()
+    assert choice() == "triton"
+    dispatch._no_launcher.cache_clear()
+
+
 def test_an_unknown_implementation_is_one_line():
     with pytest.raises(ValueError, match="mask: implementation='cuda' is none of auto, triton, reference"):
         kernels.mask(0, torch.arange(2), 0, 4, 2, implementation="cuda")

@@ -16,6 +16,8 @@ from mcf.models import Teacher, float8
 from mcf.models.float8 import Float8Linear, quantise
 from mcf.models.vit import Block, VisionTransformer
 
+pytestmark = pytest.mark.float8
+
 CPU = torch.device("cpu")
 # A rounding to bfloat16, of 8 significant bits.
 BFLOAT16 = 2.0**-8

@@ -20,6 +20,8 @@ from mcf.step import Outcome, Step
 from mcf.track.jsonl import read
 from mcf.weights import load_teacher
 
+pytestmark = pytest.mark.float8
+
 CPU = torch.device("cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 
@@ -65,3 +66,14 @@ def test_the_last_task_leaves_the_merge_where_it_is_told_to(named, tmp_path, cap
     assert "to be merged" in capsys.readouterr().out and not (tmp_path / "the out/manifest.json").exists()
     assert main([*named, "workers=1", "min_face=40"]) == 0
     assert (tmp_path / "the out/manifest.json").exists()
+
+
+@pytest.mark.parametrize(("detector", "seen"), [(None, ""), ("face.onnx", ""), ("own:find", "0,1")])
+def test_gpus_are_left_to_a_detector_of_the_users_own(named, monkeypatch, detector, seen):
+    """DALI's codecs would open one in every worker, for nothing."""
+    found = []
+    monkeypatch.setattr("mcf.pack.__main__.pack", lambda options: found.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    words = [f"detector={detector}", *(w for w in named if not w.startswith("detections="))] if detector else named
+    assert main(words) == 0
+    assert found == [seen] and os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
