@@ -27,8 +27,8 @@ elif "mcf.train" in sys.orig_argv and "MCF_TEST_PACE" in os.environ:
     _step = Step.__call__
     _run = Path(next(a for a in sys.orig_argv if a.startswith("run=")).removeprefix("run="))
 
-    def _paced(self, step, batches):
-        outcome = _step(self, step, batches)
+    def _paced(self, step, batches, *rest):
+        outcome = _step(self, step, batches, *rest)
         start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         record = {"start": start, "step": step + 1, "keys": outcome.keys, "mcf": mcf.__file__}
         with (_run / f"keys-{os.environ['RANK']}.jsonl").open("a") as file:
