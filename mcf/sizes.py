@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mcf.config import HeadsConfig, Recipe
-from mcf.zero import bucket, persistent
+from mcf.zero import bucket, overlapped, persistent
 
 FLOAT = 4  # bytes of a float32: parameters, gradients, moments and averages are always that
 
@@ -137,7 +137,7 @@ def estimate_memory(recipe: Recipe, parameters: Parameters) -> Memory:
     split = split_size(recipe)
     weights = {0: 2 * p, 1: 2 * p, 2: p + p // ranks, 3: 2 * p // ranks + p - split}[stage] * FLOAT
     optimizer = {0: 2 * p, 1: 3 * p // ranks, 2: 3 * p // ranks, 3: 3 * p // ranks}[stage] * FLOAT
-    buffers = bucket(p) * FLOAT if ranks > 1 else 0
+    buffers = (overlapped(p) if stage == 0 else bucket(p)) * FLOAT if ranks > 1 else 0
     if stage == 3:
         # Twice a bucket is fetched ahead, and what is needed now comes on top.
         buffers += min(2 * bucket(p) + max(trained_sizes(recipe)), split) * FLOAT

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 # Elements. DeepSpeed allocates its reduction buffer anew each step, and its own default is 2 GB of float32.
 BUCKET = 50_000_000
+# Elements that are reduced at once beside the backward pass: 25 MB, as PyTorch has it.
+OVERLAPPED = 6_500_000
 # Elements. DeepSpeed's default: splitting less saves nothing and costs a message.
 PERSISTENT = 100_000
 
@@ -14,6 +16,11 @@ PERSISTENT = 100_000
 def bucket(size: int) -> int:
     """Elements that are reduced at a time, and fetched ahead under stage 3, of a model of `size` elements."""
     return min(-(-size // 8), BUCKET)
+
+
+def overlapped(size: int) -> int:
+    """Elements that are reduced at a time while the backward pass goes on, of a model of `size` elements."""
+    return min(-(-size // 8), OVERLAPPED)
 
 
 def persistent(size: int) -> int:

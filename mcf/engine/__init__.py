@@ -2,6 +2,7 @@
 
 engine.py      the optimiser step over all ranks, and its state in a layout that knows no ranks
 stages.py      what differs between the ZeRO stages
+reduction.py   gradients averaged beside the backward pass, under stage 0
 library.py     DeepSpeed, imported and configured
 """
 

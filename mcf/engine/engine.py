@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mcf.config import Recipe
 from mcf.distributed import World
 from mcf.engine.library import deepspeed_config, import_deepspeed, keep_timeout
+from mcf.engine.reduction import Reduction
 from mcf.engine.stages import MOMENTS, STAGES, Sharded, Stage
 from mcf.errors import UserError
 from mcf.spread import Spread
@@ -96,11 +97,14 @@ class Engine:
         config = deepspeed_config(recipe, model, self.stage, accumulation, persist)
         keep_timeout(world.timeout)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        if world.size == 1:
-            # There is nobody to average with, and DeepSpeed would still copy all gradients together and apart again.
-            self._deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self._deepspeed.module
         self._parameters = dict(self.module.named_parameters())
+        self._reduction: Reduction | None = None
+        if self.stage == 0:
+            # Alone, there is nobody to average with, and DeepSpeed would still copy all gradients together and apart again.
+            self._deepspeed.enable_backward_allreduce = False
+            if world.size > 1:
+                self._reduction = Reduction(list(self._parameters.values()), world.size)
         self._stage: Stage = STAGES[self.stage](self._deepspeed, list(self._parameters.values()), world)
         self._keep_buffers()
 
@@ -127,7 +131,12 @@ class Engine:
             raise RuntimeError(f"backward after all {self.accumulation} micro-batches of the step: call step() first")
         # Set by hand rather than left to DeepSpeed's counter, which a discarded step would leave in the middle.
         self._deepspeed.set_gradient_accumulation_boundary(self.at_boundary)
-        self._deepspeed.backward(loss)
+        if self._reduction is None or not self.at_boundary:
+            self._deepspeed.backward(loss)
+        else:
+            self._reduction.begin()
+            self._deepspeed.backward(loss)
+            self._reduction.finish()
         self._micro_step += 1
 
     def step(self, lr: float, finite: Tensor | bool = True, stop: bool = False) -> StepResult:

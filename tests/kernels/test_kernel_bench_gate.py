@@ -94,8 +94,8 @@ def test_what_was_measured_is_kept_whatever_comes_after(tmp_path, capsys):
     assert all("square" in text and "eager" in text and "library" in text for text in seen[0])
     rows, _ = table.read_csv(tmp_path / "bench.csv")
     assert {(row.shape, row.implementation, row.p50_us is None) for row in rows} == {
-        ("n=10", "eager", False), ("n=10", "library", False),
-    }  # fmt: skip
+        ("n=10", "eager", False), ("n=10", "library", False), ("n=11", "triton", True),
+    }, "all kernels come first"  # fmt: skip
     output = capsys.readouterr()
     assert "| n=10 float32 | backward |" in output.out and output.err.startswith("error: interrupted;")
 
