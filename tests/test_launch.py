@@ -31,7 +31,8 @@ def facts(place: Place, rank: int) -> dict:
 # --- a run that goes well, and on ---------------------------------------------------------------------------------
 
 
-def test_two_ranks_run_from_the_copy_and_a_second_launch_goes_on(place):
+def test_two_ranks_run_from_the_copy_and_a_second_launch_goes_on(place, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     status, out, err = place.launch("optimizer.lr=1e-3", CUDA_VISIBLE_DEVICES="GPU-abc,GPU-def", SLURM_JOB_ID="1")
     assert (status, err) == (0, "")
     assert "effective batch 64 = 2 ranks × micro-batch 16 × accumulation 2" in out
