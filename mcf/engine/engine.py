@@ -131,12 +131,12 @@ class Engine:
             raise RuntimeError(f"backward after all {self.accumulation} micro-batches of the step: call step() first")
         # Set by hand rather than left to DeepSpeed's counter, which a discarded step would leave in the middle.
         self._deepspeed.set_gradient_accumulation_boundary(self.at_boundary)
-        if self._reduction is None or not self.at_boundary:
-            self._deepspeed.backward(loss)
-        else:
-            self._reduction.begin()
-            self._deepspeed.backward(loss)
-            self._reduction.finish()
+        reduction = self._reduction if self.at_boundary else None
+        if reduction is not None:
+            reduction.begin()
+        self._deepspeed.backward(loss)
+        if reduction is not None:
+            reduction.finish()
         self._micro_step += 1
 
     def step(self, lr: float, finite: Tensor | bool = True, stop: bool = False) -> StepResult:
