@@ -9,7 +9,6 @@ does the same work on images and heads of its own.
 from __future__ import annotations
 
 import csv
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from mcf import processor
 from mcf.errors import UserError
 
 FILE = Path(__file__).with_name("attention_table.csv")
@@ -167,18 +167,7 @@ def chip_of(device: str) -> str:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
-    return _processor(_cpuinfo(), torch.backends.cpu.get_cpu_capability()) if device == "cpu" else device
-
-
-def _processor(info: str, capability: str) -> str:
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info.splitlines())}
-    maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(facts.get("vendor_id", ""), platform.machine())
-    flags = facts.get("flags", "").split()
-    # ATEN_CPU_CAPABILITY may keep torch from what the processor has.
-    matrix = (flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags and capability == "AVX512")
-    return f"cpu {maker} {next(matrix, capability.lower())}"
-
-
-def _cpuinfo() -> str:
-    file = Path("/proc/cpuinfo")
-    return file.read_text() if file.exists() else ""
+    if device != "cpu":
+        return device
+    here = processor.here()
+    return f"cpu {here.maker} {here.products}"

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import checkpoint, cli, distributed, memory, precision, startup, state
+from mcf import checkpoint, cli, distributed, linear, memory, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:
     """Train from where the run stands until it is done or told to stop; whether it is to be started again. Collective."""
     distributed.set_threads(world, recipe.train.threads)
+    linear.use(recipe.speed.linear)
     if recipe.speed.keep_memory and world.device.type == "cpu":
         memory.keep_freed_memory()
     level = logging.INFO if world.is_main else logging.WARNING

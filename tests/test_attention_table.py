@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mcf import attention_table
+from mcf import attention_table, processor
 from mcf.attention_table import NOISE, Key, Row
 from mcf.errors import UserError
 
@@ -97,13 +97,18 @@ def test_a_key_is_there_once_and_a_table_is_there(tmp_path):
 
 
 def test_chips_have_names(monkeypatch):
+    def chip(info, capability):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(processor, "here", lambda: processor.read(info))
+        return attention_table.chip_of.__wrapped__("cpu")
+
     amd = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
-    assert attention_table._processor(amd, "AVX512") == "cpu amd avx512_bf16"
-    assert attention_table._processor(amd, "AVX2") == "cpu amd avx2", "torch was told to do without"
+    assert chip(amd, "AVX512") == "cpu amd avx512_bf16"
+    assert chip(amd, "AVX2") == "cpu amd avx2", "torch was told to do without"
     intel = amd.replace("AuthenticAMD", "GenuineIntel").replace("avx512_bf16", "avx512_bf16 amx_bf16 amx_tile")
-    assert attention_table._processor(intel, "AVX512") == "cpu intel amx_bf16"
-    assert attention_table._processor(intel.replace("_bf16", ""), "AVX512") == "cpu intel avx512"
+    assert chip(intel, "AVX512") == "cpu intel amx_bf16"
+    assert chip(intel.replace("_bf16", ""), "AVX512") == "cpu intel avx512"
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert attention_table._processor("Features\t: fp asimd sve bf16\n", "SVE256") == "cpu aarch64 sve256"
+    assert chip("Features\t: fp asimd sve bf16\n", "SVE256") == "cpu aarch64 sve256"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert attention_table.chip_of.__wrapped__("cuda") == "sm_90"

@@ -70,9 +70,11 @@ ARROWS = {
     },
     "mcf.memory": set(),
     "mcf.precision": set(),
-    "mcf.attention_table": {"mcf.errors"},
+    "mcf.processor": set(),
+    "mcf.linear": {"mcf.processor"},
+    "mcf.attention_table": {"mcf.errors", "mcf.processor"},
     "mcf.attention": {"mcf.attention_table", "mcf.errors"},
-    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.sharding"},
+    "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
     "mcf.distributed": {"mcf.errors", "mcf.exits"},
@@ -95,7 +97,7 @@ ARROWS = {
     "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
     "mcf.train": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.memory",
+        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.memory",
         "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
@@ -119,8 +121,8 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.memory", "mcf.models", "mcf.pack",
-        "mcf.plan", "mcf.precision", "mcf.step", "mcf.weights",
+        "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.memory", "mcf.models", "mcf.pack",
+        "mcf.plan", "mcf.precision", "mcf.processor", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip
 NEVER = {"torchvision", "timm", "transformers"}

@@ -31,7 +31,7 @@ from mcf.models import float8
 
 NONE: dict[str, Any] = {
     "kernels": "reference", "attention": "math", "teacher.stream": "float32", "speed.compile": "none", "speed.recompute": (),
-    "teacher.products": "bfloat16", "speed.keep_memory": False,
+    "teacher.products": "bfloat16", "speed.keep_memory": False, "speed.linear": "torch",
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class Lever:
 
 LEVERS: dict[str, Lever] = {
     "memory kept": Lever({"speed.keep_memory": True}, devices=("cpu",)),
+    "products by oneDNN": Lever({"speed.linear": "onednn"}, devices=("cpu",), precisions=("fp32",)),
     "attention: sdpa": Lever({"attention": "sdpa"}, together=False),
     "attention: xformers": Lever({"attention": "xformers"}, devices=("cuda",), together=False),
     "attention: auto": Lever({"attention": "auto"}),

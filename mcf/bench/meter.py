@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import resource
 import time
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+
+from mcf import processor
 
 
 def rate(counts: Iterator[int], seconds: float, ahead: int) -> tuple[float, float]:
@@ -87,10 +88,8 @@ def machine_name(device: torch.device) -> str:
     """The GPU, or the processor's model and cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({len(names) or '?'} cores)"
+    here = processor.here()
+    return f"{here.model} ({here.cores or '?'} cores)"
 
 
 def _workers() -> list[psutil.Process]:

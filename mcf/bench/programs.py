@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mcf import kernels, memory
+from mcf import kernels, linear, memory
 from mcf.bench.plain import PlainMCF
 from mcf.config import Recipe
 from mcf.data.loader import Batch
@@ -30,6 +30,7 @@ Program = Callable[[int], dict[str, float]]
 
 def ours(recipe: Recipe, world: World) -> tuple[Step, Program]:
     """The step that `mcf.train` runs, set up as it sets it up."""
+    linear.use(recipe.speed.linear)
     if recipe.speed.keep_memory and world.device.type == "cpu":
         memory.keep_freed_memory()
     step = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), _teacher(recipe), world)

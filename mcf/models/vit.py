@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mcf.attention import attention
 from mcf.kernels import patch_gather
+from mcf.linear import linear
 from mcf.models.patches import MEAN, STD
 
 NORM_EPS = 1e-6
@@ -31,6 +32,9 @@ class Linear(nn.Linear):
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,102 @@
+"""The float32 products of linear layers on a CPU: torch's own, or by oneDNN's 1×1 convolution where that multiplies faster.
+
+    auto on AMD with AVX-512   y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
+                               channels. torch hands it to oneDNN, which uses the whole width of the processor; MKL, which
+                               has torch's float32 products, does so on Intel's processors alone (docs/performance.md).
+    auto elsewhere             torch.nn.functional.linear, as for all other types and devices
+
+The sum is the same, in another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcf import processor
+
+# Multiplications from which a layer gains by it, forward and backward; in smaller ones the calls cost more.
+LEAST = 1 << 25
+
+_onednn = False
+
+
+def use(implementation: Literal["auto", "torch", "onednn"]) -> None:
+    """Have this process multiply so from here on (recipe: speed.linear); until then it is torch's own."""
+    global _onednn
+    _onednn = (best() if implementation == "auto" else implementation) == "onednn"
+
+
+def best() -> Literal["torch", "onednn"]:
+    """What `auto` is on this machine's processors."""
+    here = processor.here()
+    there = torch.backends.mkldnn.is_available()
+    return "onednn" if there and here.maker == "amd" and here.products.startswith("avx512") else "torch"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x·wᵀ + b, as `torch.nn.functional.linear`.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out].
+
+    Returns:
+        [..., out].
+    """
+    if not _onednn or not _large_float32_on_cpu(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _large_float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # inductor has products of its own, and what is exported stays a plain layer
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == weight.dtype == torch.float32 and x.numel() * weight.shape[0] >= LEAST
+
+
+class _Product(torch.autograd.Function):
+    """x [M, K], weight [N, K], bias [N] → [M, N]. As torch's own layer, a frozen one keeps nothing of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        dx = dw = None
+        if to_x:  # the shape and layout of x are asked for here, its numbers are not; and so for the weight
+            empty = grad.new_empty(len(grad), weight.shape[1])
+            dx = _rows(_backward(grad, empty, weight, [True, False, False])[0])
+        if to_weight:
+            dw = _backward(grad, x, torch.empty_like(weight), [False, True, False])[1][:, :, 0, 0]
+        return dx, dw, grad.sum(0) if to_bias else None
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, of: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    # Not torch.nn.grad's: the layout of what it makes up for x costs two thirds of the speed.
+    one, none = [1, 1], [0, 0]
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        _image(grad), _image(x), weight[:, :, None, None], None, one, none, one, False, none, 1, of
+    )
+    return gradients
+
+
+def _image(rows: Tensor) -> Tensor:
+    """[M, K] as an image [1, K, M, 1], channels last in memory: a view of contiguous rows."""
+    return rows.contiguous()[None, :, None].permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    """[1, N, M, 1] as [M, N], contiguous."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
