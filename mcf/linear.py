@@ -1,9 +1,9 @@
 """The float32 products of linear layers on a CPU: torch's own, or by oneDNN's 1×1 convolution where that multiplies faster.
 
-    auto on AMD with AVX-512   y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
-                               channels. torch hands it to oneDNN, which uses the whole width of the processor; MKL, which
-                               has torch's float32 products, does so on Intel's processors alone (docs/performance.md).
-    auto elsewhere             torch.nn.functional.linear, as for all other types and devices
+    auto on Zen 5 with AVX-512   y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
+                                 channels. torch hands it to oneDNN, which multiplies twice as fast there as MKL, which has
+                                 torch's float32 products (docs/performance.md).
+    auto elsewhere               torch.nn.functional.linear, as for all other types and devices
 
 The sum is the same, in another order.
 """
@@ -15,13 +15,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mcf import processor
+
+ZEN_5 = 26  # AMD's family; not measured on others, whose AVX-512 is half as wide
 
 # Multiplications from which a layer gains by it, forward and backward; in smaller ones the calls cost more.
 LEAST = 1 << 25
 
-_onednn = False
+_onednn = False  # whether this process multiplies by it
 
 
 def use(implementation: Literal["auto", "torch", "onednn"]) -> None:
@@ -33,8 +36,8 @@ def use(implementation: Literal["auto", "torch", "onednn"]) -> None:
 def best() -> Literal["torch", "onednn"]:
     """What `auto` is on this machine's processors."""
     here = processor.here()
-    there = torch.backends.mkldnn.is_available()
-    return "onednn" if there and here.maker == "amd" and here.products.startswith("avx512") else "torch"
+    wide = here.maker == "amd" and here.family >= ZEN_5 and here.products.startswith("avx512")
+    return "onednn" if wide and torch.backends.mkldnn.is_available() else "torch"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,6 +74,7 @@ class _Product(torch.autograd.Function):
         return _rows(F.conv2d(_image(x), weight[:, :, None, None], bias))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad

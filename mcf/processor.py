@@ -18,12 +18,14 @@ class Processor:
     """A machine's processors, as the kernel names them.
 
     maker: "amd" or "intel"; else the architecture ("aarch64").
+    family: the maker's number of the generation, 0 where the kernel says none (AMD: 25 is Zen 3 and 4, 26 Zen 5).
     model: its name in full, or the architecture's.
     cores: how many the kernel lists, 0 where it says nothing.
     flags: names of its instruction sets ("avx512f").
     """
 
     maker: str
+    family: int
     model: str
     cores: int
     flags: frozenset[str]
@@ -49,6 +51,7 @@ def read(info: str) -> Processor:
     facts, models = dict(lines), [value for name, value in lines if name == "model name"]
     return Processor(
         maker=MAKERS.get(facts.get("vendor_id", ""), platform.machine()),
+        family=int(facts.get("cpu family", 0)),
         model=models[0] if models else platform.processor() or platform.machine(),
         cores=len(models),
         flags=frozenset(facts.get("flags", "").split()),

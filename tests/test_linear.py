@@ -65,7 +65,7 @@ def test_the_layer_takes_it_where_it_was_told_to_and_counts_the_same_work():
     assert counts[0] == counts[1] == 3 * 2 * x.numel() * OUT
 
 
-def test_other_types_small_products_autocast_and_compilation_stay_torchs():
+def test_other_types_small_products_autocast_and_exports_stay_torchs():
     linear.use("onednn")
     x, weight, bias, _ = tensors()
     assert not by_onednn(linear.linear, x[:, :10], weight, bias)
@@ -93,14 +93,26 @@ def test_a_frozen_layer_keeps_nothing_of_its_input():
     assert [tensor.shape for tensor in kept] == [weight.shape]
 
 
+def test_a_second_derivative_is_refused():
+    linear.use("onednn")
+    x, weight, bias, _ = tensors()
+    (first,) = torch.autograd.grad(linear.linear(x.requires_grad_(), weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize(
-    ("maker", "capability", "wanted"),
-    [("AuthenticAMD", "AVX512", "onednn"), ("AuthenticAMD", "AVX2", "torch"), ("GenuineIntel", "AVX512", "torch")],
+    ("maker", "family", "capability", "wanted"),
+    [
+        ("AuthenticAMD", 26, "AVX512", "onednn"),
+        ("AuthenticAMD", 26, "AVX2", "torch"),
+        ("AuthenticAMD", 25, "AVX512", "torch"),
+        ("GenuineIntel", 26, "AVX512", "torch"),
+    ],
 )
-def test_auto_is_onednn_on_amds_processors_with_wide_instructions(monkeypatch, maker, capability, wanted):
-    info = f"vendor_id\t: {maker}\nmodel name\t: A\nflags\t: avx2 avx512f avx512_bf16\n"
+def test_auto_is_onednn_where_it_was_found_faster(monkeypatch, maker, family, capability, wanted):
+    info = f"vendor_id\t: {maker}\ncpu family\t: {family}\nmodel name\t: A\nflags\t: avx2 avx512f avx512_bf16\n"
     monkeypatch.setattr(processor, "here", lambda: processor.read(info))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert linear.best() == wanted
     linear.use("auto")
     assert by_onednn(linear.linear, *tensors()[:3]) == (wanted == "onednn")

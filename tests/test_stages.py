@@ -98,8 +98,13 @@ def test_blocks_that_are_compiled_or_computed_again_under_stages_that_split(tmp_
     seen = start(tmp_path, 2, "quick")
     for stage in (1, 3):
         for rank in range(2):
-            told = {way: seen[rank][stage, way] for way in ("plain", "again", "both")}
+            ways = ("plain", "again", "both", "onednn", "onednn again")
+            told = {way: seen[rank][stage, way] for way in ways}
             assert told["again"] == told["plain"]
+            assert told["onednn again"] == told["onednn"]
+            assert seen[rank]["products"]
+            for ours, theirs in zip(told["onednn"], told["plain"], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5), stage  # sums in another order
             # The same operations of autograd's formulas for LayerNorm and GELU in another order: some roundings.
             for ours, theirs in zip(told["both"], told["plain"], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5), stage

@@ -26,7 +26,7 @@ CLIP_EPS = 1e-5
 
 
 class Linear(nn.Linear):
-    """A linear layer as MAE initialises it: Xavier-uniform weight, zero bias."""
+    """A linear layer [..., in] → [..., out] as MAE initialises it: Xavier-uniform weight, zero bias. Multiplied by `mcf.linear`."""
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
 
-from mcf import distributed
+from mcf import distributed, linear
 from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.models import regional
@@ -128,14 +128,28 @@ def refused(world: distributed.World) -> dict:
 
 
 def quick(world: distributed.World) -> dict:
-    """Two steps of stages 1 and 3: plain, with every block computed again, and with blocks that are traced too."""
+    """Two steps of stages 1 and 3: plain, with every block computed again, with blocks that are traced too, and by oneDNN."""
     # Traced as for inductor, and run as it is written: compiling takes a minute.
     regional.BACKEND = "aot_eager"
     again = {"speed__recompute": ["encoder", "decoder", "teacher"]}
-    ways: dict = {"plain": {}, "again": again, "both": {"speed__compile": "blocks", **again}}
-    seen: dict = {}
+    ways: dict = {
+        "plain": {},
+        "again": again,
+        "both": {"speed__compile": "blocks", **again},
+        "onednn": {},
+        "onednn again": again,
+    }
+    seen: dict = {"products": 0}
+    multiply, linear.LEAST = linear._backward, 0
+
+    def counted(*arguments):
+        seen["products"] += 1
+        return multiply(*arguments)
+
+    linear._backward = counted
     for stage in (1, 3):
         for way, overrides in ways.items():
+            linear.use("onednn" if "onednn" in way else "torch")
             step = build(world, stage, **overrides)
             told = []
             for number in range(2):
