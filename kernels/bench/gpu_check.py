@@ -49,7 +49,7 @@ LEVERS_S = 100
 ATTENTION_S = 30
 """How long attention is timed, each shape begun before its end."""
 LENT = (
-    "errors.py", "memory.py", "attention.py", "attention_table.py", "attention_table.csv",
+    "errors.py", "memory.py", "processor.py", "linear.py", "attention.py", "attention_table.py", "attention_table.csv",
     *(f"models/{name}.py" for name in ("vit", "patches", "decoder", "teacher", "float8", "regional")),
     "bench/blocks.py", "bench/attention.py",
 )  # fmt: skip
