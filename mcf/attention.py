@@ -80,8 +80,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, tokens, heads, dim = q.shape
     # Copied row by row: left to itself, matmul copies kᵀ, which is slower.
     q, k, v = (x.transpose(1, 2).reshape(batch * heads, -1, dim) for x in (q, k, v))
-    # The product scales what it writes. A pass over the scores costs time, and is a pattern that torch.compile replaces
-    # by its fused attention, whose backward pass on a CPU is three times as slow in bfloat16.
+    # The product scales what it writes, where q @ k.mT * scale would be one more pass over the scores.
     scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=dim**-0.5)
     return (scores.softmax(dim=-1) @ v).view(batch, heads, tokens, dim).transpose(1, 2)
 

@@ -57,6 +57,7 @@ class StepConfig(Section):
     warmup: NonNegative = Field(1, description="steps before the clock starts")
     threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
     compare: Literal["none", "reference"] = Field("none", description="take turns with the reference's plain step")
+    reference_precision: Literal["same", "bf16", "fp32"] = Field("same", description="precision of the reference's step")
     parts: bool = Field(False, description="time each part of our step, and its share of the machine's matmul rate")
     profile: str | None = Field(None, description="file for a trace of one more step (chrome://tracing, Perfetto)")
     json_file: JsonFile | None = Field(None, description="file for the numbers; they are printed in any case")
@@ -114,14 +115,18 @@ def main(argv: list[str]) -> int:
     recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
     if config.compare == "reference":
         _comparable(recipe)
+    elif config.reference_precision != "same":
+        raise UserError(
+            f"reference_precision={config.reference_precision} without a reference; give compare=reference too"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     world = distributed.join()
     chosen = precision.choose(world.device) if config.precision == "auto" else config.precision
     recipe = sized(recipe, batch=config.batch, precision=chosen)
-    contestants = prepare(
-        recipe, world, compare=config.compare == "reference", watched=config.parts or config.profile is not None
-    )
+    theirs = chosen if config.reference_precision == "same" else config.reference_precision
+    reference = with_precision(recipe, theirs) if config.compare == "reference" else None
+    contestants = prepare(recipe, world, reference, watched=config.parts or config.profile is not None)
     try:
         race(contestants, world.device, warmup=config.warmup, steps=config.steps)
         result = report(contestants, recipe, config, world.device)
@@ -138,22 +143,25 @@ def main(argv: list[str]) -> int:
         print(f"trace: {config.profile}")
     print(json.dumps(result))
     save(config.json_file, result)
-    if difference := unequal(contestants, recipe.train.precision):
+    if difference := unequal(contestants, "bf16" if "bf16" in (chosen, theirs) else "fp32"):
         print(f"error: {difference}", file=sys.stderr)
         return 1
     return 0
 
 
-def prepare(recipe: Recipe, world: World, *, compare: bool, watched: bool = False) -> list[Contestant]:
-    """Build the contestants: ours, then the reference's if it is to be compared, in a process of its own.
+def prepare(
+    recipe: Recipe, world: World, reference: Recipe | None = None, *, watched: bool = False
+) -> list[Contestant]:
+    """Build the contestants: ours, then the reference's by its recipe, in a process of its own.
 
+    reference: the recipe, or a variant of it that differs in precision alone; None for no comparison.
     watched: ours has a stopwatch for its parts.
     """
     step, program = programs.ours(recipe, world)
     reset_peak(world.device)
     contestants = [Contestant("mcf", program, clock=parts.watch(step) if watched else None)]
-    if compare:
-        contestants.append(Contestant("reference", Apart("reference", recipe, torch.get_num_threads())))
+    if reference is not None:
+        contestants.append(Contestant("reference", Apart("reference", reference, torch.get_num_threads())))
     return contestants
 
 
@@ -198,7 +206,7 @@ def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, de
         ratio = statistics.median(b / a for a, b in zip(contestants[0].seconds, contestants[1].seconds))
     result = {
         "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": recipe.train.precision,
-        "zero_stage": recipe.train.zero_stage,
+        "reference_precision": config.reference_precision, "zero_stage": recipe.train.zero_stage,
         "device": machine_name(device), "threads": torch.get_num_threads(), "steps": config.steps,
         "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
     }  # fmt: skip
@@ -229,8 +237,9 @@ def table(result: dict[str, Any]) -> str:
         )
     if result["ratio"] is not None:
         ours, theirs = (row["peak_memory"] for row in result["rows"].values())
+        other = result["reference_precision"]
         lines.append(
-            f"mcf is {result['ratio']:.2f} times as fast (median over pairs of neighbouring steps), and holds "
+            f"mcf is {result['ratio']:.2f} times as fast{'' if other == 'same' else f' as the reference in {other}'} (median over pairs of neighbouring steps), and holds "
             f"{ours / theirs:.2f} times the memory"
         )
     return "\n".join(lines)
@@ -241,13 +250,18 @@ def sized(recipe: Recipe, *, batch: int, precision: str) -> Recipe:
     teacher = recipe.teacher
     if teacher.source != "none":
         teacher = teacher.model_copy(update={"source": "random"})
-    return recipe.model_copy(
+    single = recipe.model_copy(
         update={
             "batch": batch, "micro_batch": batch, "nodes": 1, "gpus_per_node": 1, "teacher": teacher,
             "data": recipe.data.model_copy(update={"streams": batch}),
-            "train": recipe.train.model_copy(update={"precision": precision}),
         }
     )  # fmt: skip
+    return with_precision(single, precision)
+
+
+def with_precision(recipe: Recipe, precision: str) -> Recipe:
+    """The recipe with its matrix work in a precision."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
 def _comparable(recipe: Recipe) -> None:

@@ -96,6 +96,29 @@ def test_both_programs_take_the_same_steps(tmp_path, precision):
     assert "times as fast" in done.stdout and json.loads(done.stdout.strip().splitlines()[-1])["rows"]
 
 
+def test_the_reference_in_another_precision(tmp_path):
+    file = tmp_path / "step.json"
+    keys = ("batch=4", "steps=1", "warmup=0", "precision=bf16", "compare=reference", "reference_precision=fp32")
+    done = _bench(*keys, f"json_file={file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert " times as fast as the reference in fp32 (" in done.stdout
+    result = json.loads(file.read_text())
+    assert (result["precision"], result["reference_precision"]) == ("bf16", "fp32")
+    recipe = step.sized(cli.load_recipe(["recipe=vit_b_20m", *SMALL]), batch=4, precision="fp32")
+    reference = Apart("reference", recipe, threads=1)
+    expected = reference.step(0).losses
+    reference.close()
+    assert result["rows"]["reference"]["first_losses"] == expected
+    # To float32's last bits the losses would be equal only if ours were in float32, too.
+    assert result["rows"]["mcf"]["first_losses"]["total"] != pytest.approx(expected["total"], rel=1e-6)
+
+
+def test_a_precision_of_no_reference_is_refused():
+    done = _bench("reference_precision=fp32")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("give compare=reference too")
+
+
 def test_a_departure_from_the_reference_is_not_raced_against_it():
     done = _bench("loss.feature_axis=channels", "compare=reference")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -41,7 +41,7 @@ def world():
 
 
 def _watched(world, watched: bool = True, **loss: float) -> step.Contestant:
-    (contestant,) = step.prepare(_recipe(**loss), world, compare=False, watched=watched)
+    (contestant,) = step.prepare(_recipe(**loss), world, watched=watched)
     for index in range(2):
         contestant.run(index, world.device, timed=index > 0)
     return contestant
