@@ -57,7 +57,9 @@ class StepConfig(Section):
     warmup: NonNegative = Field(1, description="steps before the clock starts")
     threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
     compare: Literal["none", "reference"] = Field("none", description="take turns with the reference's plain step")
-    reference_precision: Literal["same", "bf16", "fp32"] = Field("same", description="precision of the reference's step")
+    reference_precision: Literal["same", "bf16", "fp32"] = Field(
+        "same", description="precision of the reference's step"
+    )
     parts: bool = Field(False, description="time each part of our step, and its share of the machine's matmul rate")
     profile: str | None = Field(None, description="file for a trace of one more step (chrome://tracing, Perfetto)")
     json_file: JsonFile | None = Field(None, description="file for the numbers; they are printed in any case")
