@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def work(config: FinetuneConfig, run_dir: Path) -> int:
     """Be a rank of the run, from where it stands to its end or until told to stop; the exit status."""
     # torch comes with them: help, refusals and submitting need not wait for it.
-    from mcf import distributed
+    from mcf import distributed, linear, memory
     from mcf.finetuning import Finetuning
     from mcf.stop import StopSignal
     from mcf.watchdog import Watchdog
@@ -61,6 +61,9 @@ def work(config: FinetuneConfig, run_dir: Path) -> int:
         watchdog.mark("joining")
         world = distributed.join(timeout=distributed.PATIENCE)
         distributed.set_threads(world, config.train.threads)
+        linear.use("auto")
+        if world.device.type == "cpu":
+            memory.keep_freed_memory()
         level = logging.INFO if world.is_main else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         started = time.monotonic()

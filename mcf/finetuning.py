@@ -32,7 +32,7 @@ from mcf.downstream.parsing import Parsing
 from mcf.downstream.scores import Scores, choose, is_better
 from mcf.engine import Engine
 from mcf.errors import UserError
-from mcf.guard import Guard
+from mcf.guard import Guard, memory_suffices
 from mcf.state import fingerprint
 from mcf.stop import StopSignal
 from mcf.track import Tracker
@@ -118,12 +118,14 @@ class Finetuning:
                 tracker.event("note", message=note)
             start = progress.step * config.batch
             batches = self.loader.training(self.train, start, self.world.rank, self.world.size, self.local_batch)
-            since, steps, stopping = time.monotonic(), 0, False
+            since, steps, stopping, begun = time.monotonic(), 0, False, progress.step
+            smaller = f"head.channels below {config.head.channels}" if config.freeze else "freeze=true"
             while progress.step < last:
                 self.mark("loading", progress.step + 1)
-                terms, keys = self.step(batches)
-                self.mark("step")
-                result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
+                with memory_suffices(self.local_batch, progress.step == begun, smaller):
+                    terms, keys = self.step(batches)
+                    self.mark("step")
+                    result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
                 self.mark("logging")
                 progress.step += 1
                 steps += 1

@@ -83,11 +83,13 @@ class Guard:
 
 
 @contextlib.contextmanager
-def memory_suffices(micro_batch: int, first: bool) -> Iterator[None]:
+def memory_suffices(micro_batch: int, first: bool, instead: str) -> Iterator[None]:
     """Within, a GPU's memory that does not suffice is a UserError in the `first` step, which no other start would change.
 
     Later, when it has sufficed, the error stays what it is: another process may have taken the memory, and the next start
     of the job may go on.
+
+    instead: what the line advises beside a smaller micro-batch, as a user types it.
     """
     try:
         yield
@@ -96,5 +98,5 @@ def memory_suffices(micro_batch: int, first: bool) -> Iterator[None]:
             raise
         raise UserError(
             f"micro_batch={micro_batch}: the GPU's memory does not suffice for a step ({str(error).splitlines()[0]}); use a "
-            "smaller one, or speed.recompute=[encoder,decoder,teacher]"
+            f"smaller one, or {instead}"
         ) from None

@@ -47,12 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     if config.out and not Path(config.out).absolute().parent.is_dir():
         raise UserError(f"out={config.out}: its folder does not exist; make it, or give another file")
     # torch comes with them: help and refusals need not wait for it.
-    from mcf import distributed
+    from mcf import distributed, linear, memory
     from mcf.downstream.backbone import encoder_of
     from mcf.probing.probe import Probe
 
     world = distributed.join()
     distributed.set_threads(world, config.threads)
+    linear.use("auto")
+    if world.device.type == "cpu":
+        memory.keep_freed_memory()
     encoder, heads = encoder_of(
         config.weights, config.branch, config.heads, seed=config.seed if config.random else None
     )

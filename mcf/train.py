@@ -39,6 +39,9 @@ from mcf.weights import build_teacher, read_start, read_teacher
 
 log = logging.getLogger(__name__)
 
+# What costs a step time instead of memory.
+RECOMPUTED = "speed.recompute=[encoder,decoder,teacher]"
+
 
 class Training:
     """One run on one rank: its parts, put together and brought to where the run stands."""
@@ -118,7 +121,7 @@ class Training:
             told, stopping, failure = False, False, None
             while progress.step < last:
                 self.mark("loading", progress.step + 1)
-                with memory_suffices(recipe.local_batch, first=progress.step + 1 == first):
+                with memory_suffices(recipe.local_batch, progress.step + 1 == first, RECOMPUTED):
                     outcome = self.step(progress.step, batches, lambda: stop.received)
                 self.mark("logging")
                 progress.step += 1

@@ -56,6 +56,9 @@ def run(places, tmp_path, capsys, monkeypatch) -> Callable[..., tuple[int, str, 
     """Runs mcf.finetune in this process: (status, stdout, stderr)."""
     # DeepSpeed remembers the first process group of a process for ever: it stays.
     monkeypatch.setattr("mcf.distributed.leave", lambda: None)
+    # What else a run tells its process, this one is not to keep.
+    monkeypatch.setattr("mcf.linear._onednn", False)
+    monkeypatch.setattr("mcf.memory.keep_freed_memory", lambda: True)
 
     def start(task: str, *keys: str, name: str = "run") -> tuple[int, str, str]:
         data = {"alignment": ("csv", "points"), "parsing": ("masks", "masks")}[task]
@@ -260,6 +263,29 @@ def test_a_model_of_the_wrong_task_and_runs_that_do_not_go_on(run, places, tmp_p
     assert "other weights than the run began with" in said
     assert predict.main([f"weights={places / 'encoder.safetensors'}", f"images={places / 'points/images'}"]) == 2
     assert "weights, but of no fine-tuned model" in capsys.readouterr().err
+
+
+def test_its_process_is_told_to_be_fast(run, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("mcf.memory.keep_freed_memory", lambda: told.append("memory"))
+    monkeypatch.setattr("mcf.linear.use", told.append)
+    assert run("alignment", "train.epochs=1")[0] == 0
+    # On a GPU there is no such memory.
+    assert told == (["auto"] if torch.cuda.is_available() else ["auto", "memory"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"), [((), "freeze=true"), (("freeze=true", "head.channels=8"), "head.channels below 8")]
+)
+def test_a_gpu_that_is_too_small_is_one_line(run, monkeypatch, keys, remedy):
+    def step(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+    monkeypatch.setattr("mcf.finetuning.Finetuning.step", step)
+    status, _, err = run("alignment", *keys)
+    assert status == 2 and "Traceback" not in err
+    line = err.strip().splitlines()[-1]
+    assert "micro_batch=4: " in line and line.endswith(f"use a smaller one, or {remedy}")
 
 
 def test_a_mask_that_breaks_in_training_is_one_line(run, tmp_path):

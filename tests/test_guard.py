@@ -52,10 +52,11 @@ def test_memory_that_does_not_suffice_for_the_first_step_is_the_users_to_mend():
     full = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …"
     with (
         pytest.raises(
-            UserError, match=r"^micro_batch=64: .*for a step \(CUDA out of memory\. .* GiB\.\); use a smaller"
+            UserError,
+            match=r"^micro_batch=64: .*for a step \(CUDA out of memory\. .* GiB\.\); use a smaller one, or freeze=true$",
         ),
-        memory_suffices(64, first=True),
+        memory_suffices(64, first=True, instead="freeze=true"),
     ):
         raise torch.OutOfMemoryError(full)
-    with pytest.raises(torch.OutOfMemoryError), memory_suffices(64, first=False):
+    with pytest.raises(torch.OutOfMemoryError), memory_suffices(64, first=False, instead="freeze=true"):
         raise torch.OutOfMemoryError(full)

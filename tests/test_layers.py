@@ -69,7 +69,7 @@ ARROWS = {
         "mcf.data.encoding", "mcf.data.ustar", "mcf.slurm",
     },
     "mcf.memory": set(),
-    "mcf.precision": set(),
+    "mcf.precision": {"mcf.linear"},
     "mcf.processor": set(),
     "mcf.linear": {"mcf.processor"},
     "mcf.attention_table": {"mcf.errors", "mcf.processor"},
@@ -108,9 +108,11 @@ ARROWS = {
     },
     "mcf.finetune": {
         "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
-        "mcf.local", "mcf.lock", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
+        "mcf.linear", "mcf.local", "mcf.lock", "mcf.memory", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
     },
-    "mcf.probe": {"mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.probing"},
+    "mcf.probe": {
+        "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",
+    },
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
     "mcf.results": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from mcf import checkpoint, precision, state
+from mcf import checkpoint, linear, precision, state
 from mcf.config import Recipe
 from mcf.errors import UserError
 from mcf.step import Step
@@ -35,7 +35,7 @@ def test_what_is_measured_is_a_product_in_each(monkeypatch):
     linear = torch.nn.functional.linear
     seen = []
 
-    def slow(x, weight):
+    def slow(x, weight, bias=None):
         seen.append((x.dtype, tuple(x.shape), tuple(weight.shape)))
         if x.dtype == torch.bfloat16:
             for _ in range(20):
@@ -48,6 +48,18 @@ def test_what_is_measured_is_a_product_in_each(monkeypatch):
     assert seconds[torch.bfloat16] > 2 * seconds[torch.float32] > 0
     assert [dtype for dtype, *_ in seen] == [torch.float32, torch.bfloat16] * precision.REPEATS
     assert {tuple(shapes) for _, *shapes in seen} == {((64, 64), (128, 64))}
+
+
+@pytest.mark.parametrize(("implementation", "convolutions"), [("torch", 0), ("onednn", precision.REPEATS)])
+def test_float32_is_measured_as_the_run_multiplies_in_it(monkeypatch, implementation, convolutions):
+    convolution, seen = torch.nn.functional.conv2d, []
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *inputs: seen.append(inputs) or convolution(*inputs))
+    linear.use(implementation)
+    try:
+        precision.product_seconds()
+    finally:
+        linear.use("torch")
+    assert len(seen) == convolutions and all(x.dtype == torch.float32 for x, *_ in seen)
 
 
 def test_a_run_keeps_what_it_began_with(world, tmp_path, monkeypatch):

@@ -87,6 +87,13 @@ def numbers(run_dir: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: {k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in lines}
 
 
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """What the verb tells its process, this one is not to keep."""
+    monkeypatch.setattr("mcf.linear._onednn", False)
+    monkeypatch.setattr("mcf.memory.keep_freed_memory", lambda: True)
+
+
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     folder = checkpoint.latest(run_dir)
     assert checkpoint.step_of(folder) == STEPS
