@@ -76,7 +76,7 @@ def compute(chosen: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula, each product over all heads of all images at once."""
+    """The formula, as `attention`: [B, N, heads, d]; each product is over all heads of all images at once."""
     batch, tokens, heads, dim = q.shape
     # Copied row by row: left to itself, matmul copies kᵀ, which is slower.
     q, k, v = (x.transpose(1, 2).reshape(batch * heads, -1, dim) for x in (q, k, v))

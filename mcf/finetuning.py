@@ -122,7 +122,7 @@ class Finetuning:
             smaller = f"head.channels below {config.head.channels}" if config.freeze else "freeze=true"
             while progress.step < last:
                 self.mark("loading", progress.step + 1)
-                with memory_suffices(self.local_batch, progress.step == begun, smaller):
+                with memory_suffices(self.local_batch, first=progress.step == begun, instead=smaller):
                     terms, keys = self.step(batches)
                     self.mark("step")
                     result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())

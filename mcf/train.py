@@ -121,7 +121,7 @@ class Training:
             told, stopping, failure = False, False, None
             while progress.step < last:
                 self.mark("loading", progress.step + 1)
-                with memory_suffices(recipe.local_batch, progress.step + 1 == first, RECOMPUTED):
+                with memory_suffices(recipe.local_batch, first=progress.step + 1 == first, instead=RECOMPUTED):
                     outcome = self.step(progress.step, batches, lambda: stop.received)
                 self.mark("logging")
                 progress.step += 1

@@ -240,8 +240,9 @@ def table(result: dict[str, Any]) -> str:
     if result["ratio"] is not None:
         ours, theirs = (row["peak_memory"] for row in result["rows"].values())
         other = result["reference_precision"]
+        against = "" if other == "same" else f" as the reference in {other}"
         lines.append(
-            f"mcf is {result['ratio']:.2f} times as fast{'' if other == 'same' else f' as the reference in {other}'} (median over pairs of neighbouring steps), and holds "
+            f"mcf is {result['ratio']:.2f} times as fast{against} (median over pairs of neighbouring steps), and holds "
             f"{ours / theirs:.2f} times the memory"
         )
     return "\n".join(lines)

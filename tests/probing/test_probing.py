@@ -222,6 +222,15 @@ def test_an_untrained_encoder_of_the_same_shape(runs, faces, monkeypatch, capsys
     assert after(runs["plain"], faces) != first
 
 
+def test_the_verb_s_process_is_told_to_be_fast(runs, faces, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("mcf.memory.keep_freed_memory", lambda: told.append("memory"))
+    monkeypatch.setattr("mcf.linear.use", told.append)
+    after(runs["plain"], faces, "neighbours=2")
+    # On a GPU there is no such memory.
+    assert told == (["auto"] if torch.cuda.is_available() else ["auto", "memory"])
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
