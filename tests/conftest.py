@@ -84,10 +84,7 @@ def golden_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[distributed.World]:
-    """A world of one on one thread, and afterwards the environment as it was: other tests start processes.
-
-    The group stays: DeepSpeed remembers the first one of a process.
-    """
+    """A world of one on one thread, and afterwards the environment as it was: other tests start processes."""
     from mcf import distributed
 
     before, threads = dict(os.environ), torch.get_num_threads()
@@ -95,6 +92,7 @@ def world() -> Iterator[distributed.World]:
         os.environ.pop(name, None)
     torch.set_num_threads(1)
     yield distributed.join()
+    distributed.leave()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)

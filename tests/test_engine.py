@@ -68,7 +68,7 @@ def start(folder: Path, size: int, *what: str) -> None:
 def folder(tmp_path_factory) -> Path:
     """What the workers saw: WHAT_SIZE_RANK.pt."""
     folder = tmp_path_factory.mktemp("engine")
-    start(folder, 1, "train")
+    start(folder, 1, "train", "again")
     start(folder, 2, "train", "opened")
     start(folder, 1, "opened", "misused")
     return folder
@@ -174,6 +174,13 @@ def test_local_parameters_are_the_saved_ones_or_pieces_of_them(trained, size, st
 def test_deepspeeds_own_group_waits_as_long_as_ours(trained, size):
     """It would take torch's default: with NCCL ten minutes, after which a rank that is only slow ends the others."""
     assert trained[size][0]["timeouts"] == [worker.TIMEOUT] * 2
+
+
+def test_a_process_that_left_its_group_trains_in_another(folder, trained):
+    """As in a notebook; ranks of several processes would have to meet elsewhere than at the first time."""
+    got = torch.load(folder / "again_1_0.pt", weights_only=False)
+    assert got.pop("timeouts") == [worker.TIMEOUT] * 2
+    assert got == {stage: trained[1][0][2, stage]["norms"][0] for stage in STAGES}
 
 
 @pytest.mark.parametrize("stage", (*STAGES, "persistent"))

@@ -54,8 +54,6 @@ def places(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(places, tmp_path, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """Runs mcf.finetune in this process: (status, stdout, stderr)."""
-    # DeepSpeed remembers the first process group of a process for ever: it stays.
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
     # What else a run tells its process, this one is not to keep.
     monkeypatch.setattr("mcf.linear._onednn", False)
     monkeypatch.setattr("mcf.memory.keep_freed_memory", lambda: True)

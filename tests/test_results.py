@@ -53,8 +53,6 @@ def in_this_process(monkeypatch) -> list[Job]:
         for job in jobs:
             results.follow(out, job, [])
 
-    # DeepSpeed remembers the first process group of a process for ever: it stays.
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
     monkeypatch.setattr(results, "call", call)
     monkeypatch.setattr(results, "run_all", run_all)
     return called

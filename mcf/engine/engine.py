@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mcf.config import Recipe
 from mcf.distributed import World
-from mcf.engine.library import deepspeed_config, import_deepspeed, keep_timeout
+from mcf.engine.library import deepspeed_config, give_group, import_deepspeed
 from mcf.engine.reduction import Reduction
 from mcf.engine.stages import MOMENTS, STAGES, Sharded, Stage
 from mcf.errors import UserError
@@ -95,7 +95,7 @@ class Engine:
         # One rank has nobody to split with: stages 1 to 3 would only keep a second copy of its weights.
         self.stage = recipe.train.zero_stage if world.size > 1 else 0
         config = deepspeed_config(recipe, model, self.stage, accumulation, persist)
-        keep_timeout(world.timeout)
+        give_group(world.timeout)
         self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.module: nn.Module = self._deepspeed.module
         self._parameters = dict(self.module.named_parameters())

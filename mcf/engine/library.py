@@ -39,10 +39,19 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def keep_timeout(seconds: float) -> None:
-    """Have DeepSpeed's own group wait for ranks as long as the default one; it would take torch's ten minutes. Collective."""
+def give_group(seconds: float) -> None:
+    """Give DeepSpeed its own group of all ranks, which it would keep for ever and let wait for torch's ten minutes.
+
+    Collective. A process may have left the default group that an earlier engine of it stood in, and joined another:
+    what DeepSpeed kept of that one would fail at its first collective. `seconds`: how long this one waits for a rank.
+    """
     from deepspeed.utils import groups
 
+    if groups._WORLD_GROUP is not None:
+        try:
+            dist.get_global_rank(groups._WORLD_GROUP, 0)
+        except ValueError:  # not a group of this default group
+            groups._WORLD_GROUP = None
     if groups._WORLD_GROUP is None:
         groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=seconds))
 

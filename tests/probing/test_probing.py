@@ -138,13 +138,12 @@ def test_probes_are_in_mlflow_beside_the_losses(runs, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "branch"), [("probed", "encoder"), ("probed-2", "momentum")])
-def test_probes_stand_beside_the_losses_and_are_those_of_the_checkpoint(runs, faces, name, branch, monkeypatch):
+def test_probes_stand_beside_the_losses_and_are_those_of_the_checkpoint(runs, faces, name, branch):
     lines = {line["step"]: line for line in read(runs[name] / "metrics.jsonl")}
     asked = {step for step, line in lines.items() if line.keys() >= NAMES}
     assert asked == {4, 6}, "every fourth step, and at the end"
     assert not any("probe" in key for key in lines[2])
     assert lines[6]["time/probe_s"] > 0
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)  # DeepSpeed remembers the first group of a process
     verb = after(runs[name], faces, "neighbours=2", f"branch={branch}")
     assert verb.keys() == NAMES
     # One rank here, two there: batches of other sizes, whose sums differ in the last bit; shares of 36 faces do not.
@@ -153,7 +152,7 @@ def test_probes_stand_beside_the_losses_and_are_those_of_the_checkpoint(runs, fa
     assert other["probe/uniformity"] != pytest.approx(verb["probe/uniformity"], rel=1e-4)
 
 
-def test_ranks_share_the_work_and_tell_the_same(runs, faces, monkeypatch):
+def test_ranks_share_the_work_and_tell_the_same(runs, faces):
     """Three: no number of theirs divides the faces' embedding and the four kinds of numbers evenly."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -173,15 +172,13 @@ def test_ranks_share_the_work_and_tell_the_same(runs, faces, monkeypatch):
     said = [p.communicate(timeout=300)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * 3
     assert "landmark_nme" in said[0] and not any(said[1:])
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
     one = after(runs["plain"], faces, "features=mean", "faces=35")
     three = json.loads(out.read_text())
     # Batches of other sizes add up in another order.
     assert {name: three[name] for name in NAMES} == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-def test_a_collapsed_encoder_shows_and_one_that_has_diverged_stops_nothing(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
+def test_a_collapsed_encoder_shows_and_one_that_has_diverged_stops_nothing(faces, tmp_path):
     torch.manual_seed(0)
     vit = VisionTransformer(image_size=32, patch_size=8, width=32, depth=2, heads=2)
     files.write(tmp_path / "whole.safetensors", vit.state_dict(), {"heads": "2"})
@@ -213,8 +210,7 @@ def test_a_collapsed_encoder_shows_and_one_that_has_diverged_stops_nothing(faces
     assert random.getstate() == before[1] and (np.random.get_state()[1] == before[2]).all()
 
 
-def test_an_untrained_encoder_of_the_same_shape(runs, faces, monkeypatch, capsys):
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
+def test_an_untrained_encoder_of_the_same_shape(runs, faces, capsys):
     first, again = (after(runs["plain"], faces, "random=true") for _ in range(2))
     assert first == again
     assert "an untrained encoder shaped as the encoder of" in capsys.readouterr().out
@@ -241,8 +237,7 @@ def test_the_verb_s_process_is_told_to_be_fast(runs, faces, monkeypatch):
         (["data=x", "out=/nowhere/x.json"], "out=/nowhere/x.json: its folder does not exist"),
     ],
 )
-def test_mistakes_are_one_line(keys, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mcf.distributed.leave", lambda: None)
+def test_mistakes_are_one_line(keys, said, tmp_path, capsys):
     torch.manual_seed(0)
     vit = VisionTransformer(image_size=32, patch_size=8, width=32, depth=1, heads=2)
     files.write(tmp_path / "vit.safetensors", vit.state_dict(), {"heads": "2"})

@@ -207,11 +207,18 @@ def misused(world, folder: Path) -> dict:
     return seen
 
 
+def again(world, folder: Path) -> dict:
+    """The first gradient norm of every stage, and the groups' patience, after leaving a group of one and joining another."""
+    leave()
+    world = join(timeout=TIMEOUT)
+    return {stage: Run(world, stage, groups=2).step(0).grad_norm for stage in STAGES} | {"timeouts": timeouts()}
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     here = join(timeout=TIMEOUT)
     set_threads(here, 1)
     for what in sys.argv[2:]:
-        seen = {"train": train, "opened": opened, "misused": misused}[what](here, folder)
+        seen = {"train": train, "opened": opened, "misused": misused, "again": again}[what](here, folder)
         torch.save(seen, folder / f"{what}_{here.size}_{here.rank}.pt")
     leave()
