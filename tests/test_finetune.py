@@ -109,7 +109,7 @@ def test_alignment_ends_with_a_table_metrics_pictures_and_a_model(run, places, t
 
 def test_parsing_ends_with_a_table_metrics_and_pictures(run, tmp_path, monkeypatch):
     # A busy machine may take long to make MLflow's database.
-    monkeypatch.setattr("mcf.track.mlflow.PATIENCE", 200.0)
+    monkeypatch.setattr("mcf.track.mlflow.sink.PATIENCE", 200.0)
     status, out, err = run("parsing", "evaluate_every=2", "track.mlflow=local")
     assert status == 0, err
     results = json.loads((tmp_path / "run/metrics.json").read_text())

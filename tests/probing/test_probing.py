@@ -124,7 +124,7 @@ def test_a_run_with_probes_is_the_run_without_to_the_bit(runs, ranks):
 def test_probes_are_in_mlflow_beside_the_losses(runs, monkeypatch):
     """The run's own metrics, sent as a start of the same run sends what MLflow does not have yet."""
     client = pytest.importorskip("mlflow.tracking").MlflowClient
-    monkeypatch.setattr("mcf.track.mlflow.PATIENCE", 120)
+    monkeypatch.setattr("mcf.track.mlflow.sink.PATIENCE", 120)
     lines = [line for line in read(runs["probed"] / "metrics.jsonl") if line.keys() >= NAMES]
     values = yaml.safe_load((runs["probed"] / "recipe.yaml").read_text())
     values["track"]["mlflow"] = "local"

@@ -22,8 +22,9 @@ import pytest
 
 from mcf.config import Recipe
 from mcf.track import Tracker
-from mcf.track import mlflow as sink
 from mcf.track.jsonl import read
+from mcf.track.mlflow import run as mlflow_run
+from mcf.track.mlflow import sink
 
 pytest.importorskip("mlflow")
 
@@ -112,7 +113,7 @@ def test_a_run_arrives_whole(tmp_path, quick):
     assert stamps == [int(record["time"] * 1000) for record in read(tmp_path / "run/metrics.jsonl")]
     assert run.data.params["optimizer.blr"] == "0.00015"
     assert run.data.params["model.decoder.width"] == "512"
-    assert set(run.data.params) == set(sink.flatten(recipe(tmp_path).model_dump(mode="json")))
+    assert set(run.data.params) == set(mlflow_run.flatten(recipe(tmp_path).model_dump(mode="json")))
     assert "learning rate 0.5" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["mcf.host"] == socket.gethostname()
 
@@ -182,12 +183,12 @@ def test_the_ledger_is_lost_but_the_checkpoint_knows_the_run(tmp_path, quick, st
     first.metrics(1, numbers(1))
     first.close("stopped")
     assert local(tmp_path).get_run(first.run_id).info.status == "KILLED"
-    (tmp_path / "run" / sink.LEDGER).write_text("{ torn")
+    (tmp_path / "run" / mlflow_run.LEDGER).write_text("{ torn")
     second = Tracker(recipe(tmp_path), tmp_path / "run", run_id=first.run_id)
     second.metrics(2, numbers(2))
     second.close()
     assert second.run_id == first.run_id
-    assert list(json.loads((tmp_path / "run" / sink.LEDGER).read_text()).values()) == [first.run_id]
+    assert list(json.loads((tmp_path / "run" / mlflow_run.LEDGER).read_text()).values()) == [first.run_id]
 
 
 def test_a_record_the_server_refuses_does_not_hold_up_the_next(tmp_path, quick, store):
@@ -235,6 +236,33 @@ def test_a_run_made_by_an_answer_that_came_too_late_is_found_again(tmp_path, qui
     tracker.close()
     assert calls == [tracker.run_id]
     assert history(local(tmp_path), tracker.run_id) == [(1, 10.0)]
+
+
+def test_a_recipe_that_a_dying_server_did_not_take_is_sent_when_it_is_back(tmp_path, quick, store, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    log_text, get_run, away = MlflowClient.log_text, MlflowClient.get_run, []
+
+    def dies(self, *arguments):
+        if not away:
+            away.append("the parameters are there, the recipe is not, and nobody answers")
+            raise MlflowException(away[0])
+        return log_text(self, *arguments)
+
+    def answers(self, run_id):
+        if len(away) == 1:
+            away.append("once")
+            raise MlflowException(away[0])
+        return get_run(self, run_id)
+
+    monkeypatch.setattr(MlflowClient, "log_text", dies)
+    monkeypatch.setattr(MlflowClient, "get_run", answers)
+    tracker = Tracker(recipe(tmp_path), tmp_path / "run")
+    tracker.metrics(1, numbers(1))
+    wait_until(lambda: len(away) == 2 and history(local(tmp_path), tracker.run_id) == [(1, 10.0)])
+    tracker.close()
+    assert "recipe.yaml" in {file.path for file in local(tmp_path).list_artifacts(tracker.run_id)}
 
 
 @contextlib.contextmanager
