@@ -275,6 +275,11 @@ def places(options: PackConfig) -> tuple[Path, Path]:
         raise UserError(f"source={source} is a file; name the folder that holds the images")
     if not os.access(source, os.R_OK | os.X_OK):
         raise UserError(f"source={source}: no permission to read it")
+    if (source / "faces.json").exists() and (source / "masks").is_dir():
+        raise UserError(
+            f"source={source} holds faces drawn by mcf.data.faces, and their masks, which would be packed as images; "
+            f"say source={source / 'images'}"
+        )
     source, inside = source.resolve(), out.resolve()
     if inside == source or source in inside.parents:
         raise UserError(f"out={out} lies in source={source}: shards would be found as images; name a folder outside")

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scenes import encode, interruptions, jpeg, scene, tree
 
+from mcf.data.faces.writing import Settings, write_faces
 from mcf.data.shards import ShardWriter, load_manifest, verify
 from mcf.errors import UserError
 from mcf.pack import convert, writing
@@ -190,6 +191,9 @@ def test_mistakes_are_one_line(source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("x")
     (tmp_path / "loop").symlink_to(source)
+    drawn = tmp_path / "drawn"
+    list(write_faces(drawn, 1, Settings(seed=0, size=64, quality=92, images_per_person=1), workers=1))
+    assert refusal(source=str(drawn), out=str(out)).endswith(f"packed as images; say source={drawn}/images")
     assert "source is missing" in refusal(out=str(out))
     assert "out is missing" in refusal(source=str(source))
     assert "no such folder" in refusal(source=str(tmp_path / "nowhere"), out=str(out))
