@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from mcf import cli, distributed, precision
+from mcf import cli, distributed, linear, precision
 from mcf.bench.apart import Apart
 from mcf.bench.files import JsonFile, save
 from mcf.bench.meter import machine_name
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = distributed.join().device
+    linear.use(recipe.speed.linear)  # auto measures as a run multiplies
     chosen = precision.choose(device) if config.precision == "auto" else config.precision
     recipe = sized(recipe, batch=config.batch, precision=chosen)
     result: dict[str, Any] = {

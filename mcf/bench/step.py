@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mcf import cli, distributed, precision
+from mcf import cli, distributed, linear, precision
 from mcf.bench import parts, programs, trace
 from mcf.bench.apart import Apart, Taken, take
 from mcf.bench.files import JsonFile, save
@@ -124,6 +124,7 @@ def main(argv: list[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     world = distributed.join()
+    linear.use(recipe.speed.linear)  # auto measures as a run multiplies
     chosen = precision.choose(world.device) if config.precision == "auto" else config.precision
     recipe = sized(recipe, batch=config.batch, precision=chosen)
     theirs = chosen if config.reference_precision == "same" else config.reference_precision

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mcf import cli
-from mcf.bench import step
+from mcf import cli, linear, precision
+from mcf.bench import levers, step
 from mcf.bench.apart import Apart
 from mcf.bench.plain import PlainMCF
 from mcf.config import Recipe
@@ -155,3 +155,14 @@ def test_each_goes_first_in_turn(monkeypatch, capsys):
     assert step.main(["steps=2", "warmup=1"]) == 0
     assert order == ["b0", "a0", "a1", "b1", "b2", "a2"]
     assert [len(r.seconds) for r in racers] == [2, 2], "the first is not on the clock"
+
+
+@pytest.mark.parametrize("part", [step, levers])
+def test_auto_measures_precision_as_a_run_multiplies(part, monkeypatch, capsys):
+    def choose(device):
+        raise UserError(f"oneDNN: {linear._onednn}")
+
+    monkeypatch.setattr(linear, "_onednn", False)
+    monkeypatch.setattr(precision, "choose", choose)
+    assert part.main(["precision=auto", "speed.linear=onednn"]) == 2
+    assert "oneDNN: True" in capsys.readouterr().err
