@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ from mcf.downstream.backbone import load_backbone
 from mcf.downstream.config import FinetuneConfig
 from mcf.downstream.datasets import Face, open_faces
 from mcf.downstream.datasets.parsing import split_by_person
-from mcf.downstream.loader import Loader
+from mcf.downstream.loader import Batch, Loader
 from mcf.downstream.network import Average, Network, build_decoder
 from mcf.downstream.parsing import Parsing
 from mcf.downstream.scores import Scores, choose, is_better
-from mcf.engine import Engine
+from mcf.engine import Engine, StepResult
 from mcf.errors import UserError
 from mcf.guard import Guard, memory_suffices
 from mcf.state import fingerprint
@@ -104,7 +105,6 @@ class Finetuning:
     def run(self, stop: StopSignal) -> bool:
         """Train to the end, evaluate, report; False if told to stop before. Saves in both cases. Collective."""
         config, progress = self.config, self.progress
-        last = min(self.steps, progress.step + (config.train.stop_after or self.steps))
         readers = config.train.readers or self.world.cores
         with (
             Loader(self.set, config, self.world.device, readers) as self.loader,
@@ -116,45 +116,7 @@ class Finetuning:
             tracker.event("resumed" if self.resumed else "started", step=progress.step, ranks=self.world.size)
             for note in self.set.notes:
                 tracker.event("note", message=note)
-            start = progress.step * config.batch
-            batches = self.loader.training(self.train, start, self.world.rank, self.world.size, self.local_batch)
-            since, steps, stopping, begun = time.monotonic(), 0, False, progress.step
-            smaller = f"head.channels below {config.head.channels}" if config.freeze else "freeze=true"
-            while progress.step < last:
-                self.mark("loading", progress.step + 1)
-                with memory_suffices(self.local_batch, first=progress.step == begun, instead=smaller):
-                    terms, keys = self.step(batches)
-                    self.mark("step")
-                    result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
-                self.mark("logging")
-                progress.step += 1
-                steps += 1
-                if result.applied:
-                    self.average.update(self.engine.module)
-                else:
-                    progress.bad_steps += 1
-                    tracker.event("bad_step", step=progress.step, grad_norm=result.grad_norm)
-                self.guard.observe(progress.step, result.applied, keys, {"grad_norm": result.grad_norm})
-                stopping = distributed.any_rank(stop.received) or progress.step == last
-                told: dict[str, float] = {}
-                if stopping or progress.step % config.train.log_every == 0:
-                    told = {f"loss/{name}": float(distributed.mean(value)) for name, value in terms.items()}
-                    told |= {"lr": self.lr_at(progress.step - 1), "grad_norm": result.grad_norm}
-                    told["rate/images_per_s"] = steps * config.batch / (time.monotonic() - since)
-                    told["bad/steps"] = progress.bad_steps
-                    since, steps = time.monotonic(), 0
-                if self.evaluation_is_due():
-                    judging = time.monotonic()
-                    told |= self.judge()
-                    since += time.monotonic() - judging
-                    headline = f"test/{self.task.headline}"
-                    tracker.event("evaluated", step=progress.step, epoch=told["epoch"], **{headline: told[headline]})
-                if told:
-                    tracker.metrics(progress.step, told)
-                if stopping or progress.step % config.checkpoint.every == 0:
-                    self.save(tracker, raises=stopping)
-                if stopping:
-                    break
+            self.loop(stop, tracker)
             self.mark("ending")
             finished = progress.step >= self.steps
             if finished:
@@ -167,7 +129,57 @@ class Finetuning:
         self.interrupted = asked and not distributed.any_rank(stop.for_good)
         return finished
 
-    def step(self, batches) -> tuple[dict[str, torch.Tensor], list[str]]:
+    def loop(self, stop: StopSignal, tracker: Tracker) -> None:
+        """Steps, numbers, evaluations and checkpoints, to the end, for `train.stop_after` steps, or until told to stop."""
+        config, progress = self.config, self.progress
+        begun, last = progress.step, min(self.steps, progress.step + (config.train.stop_after or self.steps))
+        batches = self.loader.training(
+            self.train, begun * config.batch, self.world.rank, self.world.size, self.local_batch
+        )
+        since, counted, stopping = time.monotonic(), begun, False
+        while progress.step < last and not stopping:
+            terms, result = self.advance(batches, tracker, first=progress.step == begun)
+            stopping = distributed.any_rank(stop.received) or progress.step == last
+            told: dict[str, float] = {}
+            if stopping or progress.step % config.train.log_every == 0:
+                told = {f"loss/{name}": float(distributed.mean(value)) for name, value in terms.items()}
+                told |= {"lr": self.lr_at(progress.step - 1), "grad_norm": result.grad_norm}
+                told["rate/images_per_s"] = (progress.step - counted) * config.batch / (time.monotonic() - since)
+                told["bad/steps"] = progress.bad_steps
+                since, counted = time.monotonic(), progress.step
+            if self.evaluation_is_due():
+                judging = time.monotonic()
+                told |= self.judge()
+                since += time.monotonic() - judging
+                headline = f"test/{self.task.headline}"
+                tracker.event("evaluated", step=progress.step, epoch=told["epoch"], **{headline: told[headline]})
+            if told:
+                tracker.metrics(progress.step, told)
+            if stopping or progress.step % config.checkpoint.every == 0:
+                self.save(tracker, raises=stopping)
+
+    def advance(
+        self, batches: Iterator[Batch], tracker: Tracker, *, first: bool
+    ) -> tuple[dict[str, torch.Tensor], StepResult]:
+        """One step: its mean loss terms on this rank, and what became of it. A bad one changes nothing, and is told."""
+        config, progress = self.config, self.progress
+        smaller = f"head.channels below {config.head.channels}" if config.freeze else "freeze=true"
+        self.mark("loading", progress.step + 1)
+        with memory_suffices(self.local_batch, first=first, instead=smaller):
+            terms, keys = self.step(batches)
+            self.mark("step")
+            result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
+        self.mark("logging")
+        progress.step += 1
+        if result.applied:
+            self.average.update(self.engine.module)
+        else:
+            progress.bad_steps += 1
+            tracker.event("bad_step", step=progress.step, grad_norm=result.grad_norm)
+        self.guard.observe(progress.step, result.applied, keys, {"grad_norm": result.grad_norm})
+        return terms, result
+
+    def step(self, batches: Iterator[Batch]) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Forward and backward over a step's micro-batches: mean loss terms of this rank, and the names of its faces."""
         # What dropout draws is a function of the step, so that a run that was cut off goes on as it would have.
         seeds = np.random.SeedSequence((self.config.seed, self.progress.step, self.world.rank))
