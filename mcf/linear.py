@@ -1,11 +1,11 @@
 """The float32 products of linear layers on a CPU: torch's own, or by oneDNN's 1×1 convolution where that multiplies faster.
 
-    auto on Zen 5 with AVX-512   y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
-                                 channels. torch hands it to oneDNN, which multiplies twice as fast there as MKL, which has
-                                 torch's float32 products (docs/performance.md).
-    auto elsewhere               torch.nn.functional.linear, as for all other types and devices
+    auto on Zen 5 and Zen 3   y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
+                              channels. torch hands it to oneDNN, which multiplies faster there than MKL, which has torch's
+                              float32 products: twice as fast on Zen 5, by a tenth or two on Zen 3 (docs/performance.md).
+    auto elsewhere            torch.nn.functional.linear, as for all other types and devices
 
-The sum is the same, in another order.
+Without AVX-512 the gradients of weights stay MKL's. The sum is the same, in another order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from mcf import processor
 
-ZEN_5 = 26  # AMD's family; not measured on others, whose AVX-512 is half as wide
+# AMD's families. Zen 4, where this was not measured, has AVX-512, half as wide as that of Zen 5.
+ZEN_3_AND_4, ZEN_5 = 25, 26
 
 # Multiplications from which a layer gains by it, forward and backward; in smaller ones the calls cost more.
 LEAST = 1 << 25
@@ -36,8 +37,10 @@ def use(implementation: Literal["auto", "torch", "onednn"]) -> None:
 def best() -> Literal["torch", "onednn"]:
     """What `auto` is on this machine's processors."""
     here = processor.here()
-    wide = here.maker == "amd" and here.family >= ZEN_5 and here.products.startswith("avx512")
-    return "onednn" if wide and torch.backends.mkldnn.is_available() else "torch"
+    zen_3 = here.family == ZEN_3_AND_4 and not _has_avx512()
+    zen_5 = here.family >= ZEN_5 and here.products.startswith("avx512")
+    faster = here.maker == "amd" and (zen_3 or zen_5)
+    return "onednn" if faster and torch.backends.mkldnn.is_available() else "torch"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,9 +85,15 @@ class _Product(torch.autograd.Function):
         if to_x:  # the shape and layout of x are asked for here, its numbers are not; and so for the weight
             empty = grad.new_empty(len(grad), weight.shape[1])
             dx = _rows(_backward(grad, empty, weight, [True, False, False])[0])
-        if to_weight:
+        if to_weight and _has_avx512():
             dw = _backward(grad, x, torch.empty_like(weight), [False, True, False])[1][:, :, 0, 0]
+        elif to_weight:  # in AVX2 oneDNN takes three times as long as MKL
+            dw = grad.t() @ x
         return dx, dw, grad.sum(0) if to_bias else None
+
+
+def _has_avx512() -> bool:
+    return "avx512f" in processor.here().flags
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, of: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

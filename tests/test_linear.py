@@ -37,7 +37,9 @@ def by_onednn(function, *inputs):
     return torch.ops.aten.convolution in counter.get_flop_counts()["Global"]
 
 
-def test_output_and_gradients_are_those_of_float64_as_torchs_own_are():
+@pytest.mark.parametrize("avx512", [True, False])
+def test_output_and_gradients_are_those_of_float64_as_torchs_own_are(monkeypatch, avx512):
+    monkeypatch.setattr(linear, "_has_avx512", lambda: avx512)
     inputs = tensors()
     assert inputs[0].numel() * OUT >= LEAST
     exact = run(F.linear, *(tensor.double() for tensor in inputs))
@@ -51,7 +53,21 @@ def test_output_and_gradients_are_those_of_float64_as_torchs_own_are():
         assert error <= 3 * allowed
 
 
-def test_the_layer_takes_it_where_it_was_told_to_and_counts_the_same_work():
+@pytest.mark.parametrize("avx512", [True, False])
+def test_without_avx512_gradients_of_weights_are_mkls(monkeypatch, avx512):
+    monkeypatch.setattr(linear, "_has_avx512", lambda: avx512)
+    linear.use("onednn")
+    x, weight, bias, _ = tensors()
+    y = linear.linear(x, weight.requires_grad_(), bias)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    called = counter.get_flop_counts()["Global"]
+    assert list(called) == [torch.ops.aten.convolution_backward if avx512 else torch.ops.aten.mm]
+
+
+@pytest.mark.parametrize("avx512", [True, False])
+def test_the_layer_takes_it_where_it_was_told_to_and_counts_the_same_work(monkeypatch, avx512):
+    monkeypatch.setattr(linear, "_has_avx512", lambda: avx512)
     x, weight, bias, _ = tensors()
     assert not by_onednn(linear.linear, x, weight, bias)
     linear.use("onednn")
@@ -102,16 +118,20 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("maker", "family", "capability", "wanted"),
+    ("maker", "family", "flags", "capability", "wanted"),
     [
-        ("AuthenticAMD", 26, "AVX512", "onednn"),
-        ("AuthenticAMD", 26, "AVX2", "torch"),
-        ("AuthenticAMD", 25, "AVX512", "torch"),
-        ("GenuineIntel", 26, "AVX512", "torch"),
+        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", "AVX512", "onednn"),
+        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", "AVX2", "torch"),
+        ("AuthenticAMD", 25, "avx2 avx512f avx512_bf16", "AVX512", "torch"),
+        ("AuthenticAMD", 25, "avx2 avx512f avx512_bf16", "AVX2", "torch"),
+        ("AuthenticAMD", 25, "avx2", "AVX2", "onednn"),
+        ("AuthenticAMD", 23, "avx2", "AVX2", "torch"),
+        ("GenuineIntel", 26, "avx2 avx512f", "AVX512", "torch"),
+        ("GenuineIntel", 25, "avx2", "AVX2", "torch"),
     ],
 )
-def test_auto_is_onednn_where_it_was_found_faster(monkeypatch, maker, family, capability, wanted):
-    info = f"vendor_id\t: {maker}\ncpu family\t: {family}\nmodel name\t: A\nflags\t: avx2 avx512f avx512_bf16\n"
+def test_auto_is_onednn_where_it_was_found_faster(monkeypatch, maker, family, flags, capability, wanted):
+    info = f"vendor_id\t: {maker}\ncpu family\t: {family}\nmodel name\t: A\nflags\t: {flags}\n"
     monkeypatch.setattr(processor, "here", lambda: processor.read(info))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     linear.use("auto")
