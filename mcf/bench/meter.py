@@ -18,12 +18,13 @@ from mcf import processor
 def rate(counts: Iterator[int], seconds: float, ahead: int) -> tuple[float, float]:
     """Images per second, and per second of CPU time (worker processes included), of a loop that yields how many it made.
 
-    ahead: batches that may lie ready from before; they are taken before the clock runs.
+    seconds: how long; at least one batch is taken. ahead: batches that may lie ready from before; they are taken before
+    the clock runs.
     """
     for _ in range(ahead + 1):
         next(counts)
     began, cpu_began, images = time.perf_counter(), cpu_seconds(), 0
-    while time.perf_counter() < began + seconds:
+    while not images or time.perf_counter() < began + seconds:  # a busy machine may take all the time for itself
         images += next(counts)
     now = time.perf_counter()
     return images / (now - began), images / max(cpu_seconds() - cpu_began, 1e-9)

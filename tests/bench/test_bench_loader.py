@@ -1,5 +1,6 @@
 """The loader's benchmark: it measures what it says, and refuses to time a loader that is wrong."""
 
+import itertools
 import json
 import os
 import time
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mcf.bench.__main__ import main
+from mcf.bench.meter import rate
 from mcf.data.dali import Decoder
 from mcf.data.shards import ShardWriter, write_manifest
 
@@ -82,6 +84,11 @@ def test_the_rivals_do_the_same_work(folder, monkeypatch, capsys):
     assert all(0 < row["cores"] < 1.2 * os.cpu_count() for row in rows.values())
     said = capsys.readouterr().out
     assert all(name in said for name in names)
+
+
+def test_a_machine_that_is_away_for_the_whole_time_still_gives_a_rate():
+    images, per_cpu = rate(itertools.repeat(4), seconds=0.0, ahead=2)
+    assert images > 0 and per_cpu > 0
 
 
 def test_each_pair_of_threads_and_prefetch_is_a_row(folder, capsys):
