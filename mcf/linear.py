@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
             dx = _rows(_backward(grad, empty, weight, [True, False, False])[0])
         if to_weight and _has_avx512():
             dw = _backward(grad, x, torch.empty_like(weight), [False, True, False])[1][:, :, 0, 0]
-        elif to_weight:  # in AVX2 oneDNN takes three times as long as MKL
+        elif to_weight:  # oneDNN's are slower than MKL's in AVX2
             dw = grad.t() @ x
         return dx, dw, grad.sum(0) if to_bias else None
 

@@ -39,6 +39,9 @@ OF_THE_LAUNCH = re.compile(
 class MLflowRun:
     """The MLflow run of a training run on one server.
 
+    `run_id` is what a checkpoint names, `start` the steps done when this process began (0: from scratch, so that a changed
+    recipe makes a new MLflow run).
+
     id, experiment_id: MLflow's, once `open` has succeeded (id may be a checkpoint's before). recipe_file: the name
     under which the server is still to get the recipe, None where it has it.
     """

@@ -74,9 +74,9 @@ class MLflowSink:
         self.uri = tracking_uri(recipe, run_dir)
         self.dropped = 0  # items that fell out of the queue
         self.refused = 0  # items that the server would never take
-        self._run = MLflowRun(recipe, Path(run_dir), self.uri, description=description, run_id=run_id, start=start)
         self._run_dir = Path(run_dir)
-        self._most = recipe.track.queue
+        self._run = MLflowRun(recipe, self._run_dir, self.uri, description=description, run_id=run_id, start=start)
+        self._longest = recipe.track.queue  # records and files that the queue holds
         self._tell = tell
         self._queue: deque[dict[str, Any] | Artifact] = deque()
         self._lock = threading.Lock()
@@ -122,7 +122,7 @@ class MLflowSink:
 
     def _put(self, item: dict[str, Any] | Artifact) -> None:
         with self._lock:
-            if len(self._queue) >= self._most:
+            if len(self._queue) >= self._longest:
                 # The oldest record goes: the file has it. Pictures are few, and stay as long as there are records.
                 oldest = next((i for i, queued in enumerate(self._queue) if isinstance(queued, dict)), 0)
                 del self._queue[oldest]
