@@ -1,11 +1,11 @@
 """The float32 products of linear layers on a CPU: torch's own, or by oneDNN's 1×1 convolution where that multiplies faster.
 
-    auto on Zen 5 and Zen 3   y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
+    auto on AMD's Zen 3 to 5  y[m, n] = Σₖ x[m, k] w[n, k] + b[n] is a 1×1 convolution over an image of m pixels and k
                               channels. torch hands it to oneDNN, which multiplies faster there than MKL, which has torch's
-                              float32 products: twice as fast on Zen 5, by a tenth or two on Zen 3 (docs/performance.md).
+                              float32 products: twice as fast on Zen 5, by a tenth or two on the others (docs/performance.md).
     auto elsewhere            torch.nn.functional.linear, as for all other types and devices
 
-Without AVX-512 the gradients of weights stay MKL's. The sum is the same, in another order.
+The gradients of weights stay MKL's but on Zen 5. The sum is the same, in another order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from mcf import processor
 
-# AMD's families. Zen 4, where this was not measured, has AVX-512, half as wide as that of Zen 5.
+# AMD's families.
 ZEN_3_AND_4, ZEN_5 = 25, 26
 
 # Multiplications from which a layer gains by it, forward and backward; in smaller ones the calls cost more.
@@ -37,10 +37,13 @@ def use(implementation: Literal["auto", "torch", "onednn"]) -> None:
 def best() -> Literal["torch", "onednn"]:
     """What `auto` is on this machine's processors."""
     here = processor.here()
-    zen_3 = here.family == ZEN_3_AND_4 and not _has_avx512()
-    zen_5 = here.family >= ZEN_5 and here.products.startswith("avx512")
-    faster = here.maker == "amd" and (zen_3 or zen_5)
-    return "onednn" if faster and torch.backends.mkldnn.is_available() else "torch"
+    zen_3_or_4 = here.maker == "amd" and here.family == ZEN_3_AND_4
+    return "onednn" if (zen_3_or_4 or _is_zen_5()) and torch.backends.mkldnn.is_available() else "torch"
+
+
+def _is_zen_5() -> bool:
+    here = processor.here()
+    return here.maker == "amd" and here.family >= ZEN_5 and here.products.startswith("avx512")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,15 +88,16 @@ class _Product(torch.autograd.Function):
         if to_x:  # the shape and layout of x are asked for here, its numbers are not; and so for the weight
             empty = grad.new_empty(len(grad), weight.shape[1])
             dx = _rows(_backward(grad, empty, weight, [True, False, False])[0])
-        if to_weight and _has_avx512():
+        if to_weight and _weights_too():
             dw = _backward(grad, x, torch.empty_like(weight), [False, True, False])[1][:, :, 0, 0]
-        elif to_weight:  # oneDNN's are slower than MKL's in AVX2
+        elif to_weight:
             dw = grad.t() @ x
         return dx, dw, grad.sum(0) if to_bias else None
 
 
-def _has_avx512() -> bool:
-    return "avx512f" in processor.here().flags
+def _weights_too() -> bool:
+    """Whether oneDNN is faster than MKL for gradients of weights as well."""
+    return _is_zen_5()
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, of: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

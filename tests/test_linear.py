@@ -37,9 +37,9 @@ def by_onednn(function, *inputs):
     return torch.ops.aten.convolution in counter.get_flop_counts()["Global"]
 
 
-@pytest.mark.parametrize("avx512", [True, False])
-def test_output_and_gradients_are_those_of_float64_as_torchs_own_are(monkeypatch, avx512):
-    monkeypatch.setattr(linear, "_has_avx512", lambda: avx512)
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_output_and_gradients_are_those_of_float64_as_torchs_own_are(monkeypatch, weights_too):
+    monkeypatch.setattr(linear, "_weights_too", lambda: weights_too)
     inputs = tensors()
     assert inputs[0].numel() * OUT >= LEAST
     exact = run(F.linear, *(tensor.double() for tensor in inputs))
@@ -53,21 +53,21 @@ def test_output_and_gradients_are_those_of_float64_as_torchs_own_are(monkeypatch
         assert error <= 3 * allowed
 
 
-@pytest.mark.parametrize("avx512", [True, False])
-def test_without_avx512_gradients_of_weights_are_mkls(monkeypatch, avx512):
-    monkeypatch.setattr(linear, "_has_avx512", lambda: avx512)
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_gradients_of_weights_are_mkls_but_where_onednn_is_faster_for_them_too(monkeypatch, weights_too):
+    monkeypatch.setattr(linear, "_weights_too", lambda: weights_too)
     linear.use("onednn")
     x, weight, bias, _ = tensors()
     y = linear.linear(x, weight.requires_grad_(), bias)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     called = counter.get_flop_counts()["Global"]
-    assert list(called) == [torch.ops.aten.convolution_backward if avx512 else torch.ops.aten.mm]
+    assert list(called) == [torch.ops.aten.convolution_backward if weights_too else torch.ops.aten.mm]
 
 
-@pytest.mark.parametrize("avx512", [True, False])
-def test_the_layer_takes_it_where_it_was_told_to_and_counts_the_same_work(monkeypatch, avx512):
-    monkeypatch.setattr(linear, "_has_avx512", lambda: avx512)
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_the_layer_takes_it_where_it_was_told_to_and_counts_the_same_work(monkeypatch, weights_too):
+    monkeypatch.setattr(linear, "_weights_too", lambda: weights_too)
     x, weight, bias, _ = tensors()
     assert not by_onednn(linear.linear, x, weight, bias)
     linear.use("onednn")
@@ -120,14 +120,13 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("maker", "family", "flags", "capability", "wanted"),
     [
-        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", "AVX512", "onednn"),
-        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", "AVX2", "torch"),
-        ("AuthenticAMD", 25, "avx2 avx512f avx512_bf16", "AVX512", "torch"),
-        ("AuthenticAMD", 25, "avx2 avx512f avx512_bf16", "AVX2", "torch"),
-        ("AuthenticAMD", 25, "avx2", "AVX2", "onednn"),
-        ("AuthenticAMD", 23, "avx2", "AVX2", "torch"),
-        ("GenuineIntel", 26, "avx2 avx512f", "AVX512", "torch"),
-        ("GenuineIntel", 25, "avx2", "AVX2", "torch"),
+        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", "AVX512", ["output", "weight"]),
+        ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16", "AVX2", []),
+        ("AuthenticAMD", 25, "avx2 avx512f avx512_bf16", "AVX512", ["output"]),
+        ("AuthenticAMD", 25, "avx2", "AVX2", ["output"]),
+        ("AuthenticAMD", 23, "avx2", "AVX2", []),
+        ("GenuineIntel", 26, "avx2 avx512f", "AVX512", []),
+        ("GenuineIntel", 25, "avx2", "AVX2", []),
     ],
 )
 def test_auto_is_onednn_where_it_was_found_faster(monkeypatch, maker, family, flags, capability, wanted):
@@ -135,4 +134,10 @@ def test_auto_is_onednn_where_it_was_found_faster(monkeypatch, maker, family, fl
     monkeypatch.setattr(processor, "here", lambda: processor.read(info))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     linear.use("auto")
-    assert by_onednn(linear.linear, *tensors()[:3]) == (wanted == "onednn")
+    x, weight, bias, _ = tensors()
+    assert by_onednn(linear.linear, x, weight, bias) == ("output" in wanted)
+    total = linear.linear(x, weight.requires_grad_(), bias).sum()
+    with FlopCounterMode(display=False) as counter:
+        total.backward()
+    by = counter.get_flop_counts()["Global"]
+    assert (torch.ops.aten.convolution_backward in by) == ("weight" in wanted)
