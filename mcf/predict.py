@@ -58,12 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from PIL import Image
 
+    from mcf import linear
     from mcf.downstream import saved
     from mcf.downstream.inference import Predictor
     from mcf.downstream.pictures import tiles, with_classes, with_points
 
     if config.threads:
         torch.set_num_threads(config.threads)
+    linear.use("auto")
     network, description = saved.load(config.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = Predictor(network.to(device), description)

@@ -113,7 +113,7 @@ ARROWS = {
     "mcf.probe": {
         "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",
     },
-    "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors"},
+    "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.linear"},
     "mcf.results": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
