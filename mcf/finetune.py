@@ -51,12 +51,13 @@ def work(config: FinetuneConfig, run_dir: Path) -> int:
     # torch comes with them: help, refusals and submitting need not wait for it.
     from mcf import distributed, linear, memory
     from mcf.finetuning import Finetuning
+    from mcf.rendezvous import launch_name, rendezvous
     from mcf.stop import StopSignal
     from mcf.watchdog import Watchdog
 
     stop = StopSignal()
-    place = distributed.rendezvous(os.environ)
-    with Watchdog(place.rank, place.size, distributed.launch_name(os.environ), config.watchdog) as watchdog:
+    place = rendezvous(os.environ)
+    with Watchdog(place.rank, place.size, launch_name(os.environ), config.watchdog) as watchdog:
         watchdog.open(run_dir)
         watchdog.mark("joining")
         world = distributed.join(timeout=distributed.PATIENCE)

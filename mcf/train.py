@@ -29,6 +29,7 @@ from mcf.meters import Meters
 from mcf.models.teacher import Teacher
 from mcf.plan import make_plan
 from mcf.probing.probe import Probe
+from mcf.rendezvous import launch_name, rendezvous
 from mcf.spread import Spread
 from mcf.step import Outcome, Step
 from mcf.stop import StopSignal
@@ -265,8 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         cli.load_recipe(argv, verb="train")  # prints it and leaves
     stop = StopSignal()
     startup.keep_caches_local()
-    place = distributed.rendezvous(os.environ)
-    with Watchdog(place.rank, place.size, distributed.launch_name(os.environ)) as watchdog:
+    place = rendezvous(os.environ)
+    with Watchdog(place.rank, place.size, launch_name(os.environ)) as watchdog:
         if run_dir := run_dir_of(argv):
             watchdog.open(run_dir)
         watchdog.mark("joining")

@@ -60,7 +60,7 @@ class Watchdog:
 
     Args:
         rank: this rank. size: number of ranks. launch: name of this start of the run, equal on all ranks, different
-            from the one before (`mcf.distributed.launch_name`).
+            from the one before (`mcf.rendezvous.launch_name`).
         config: the limits, until `configure` says others.
     """
 

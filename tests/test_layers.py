@@ -77,7 +77,8 @@ ARROWS = {
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.sharding"},
     "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
     "mcf.track": {"mcf.config", "mcf.errors"},
-    "mcf.distributed": {"mcf.errors", "mcf.exits"},
+    "mcf.rendezvous": {"mcf.errors"},
+    "mcf.distributed": {"mcf.errors", "mcf.exits", "mcf.rendezvous"},
     "mcf.spread": {"mcf.distributed"},
     "mcf.startup": {"mcf.data.shards", "mcf.distributed", "mcf.errors"},
     "mcf.heartbeat": set(),
@@ -98,7 +99,7 @@ ARROWS = {
     # Verbs that bring rooms together.
     "mcf.train": {
         "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.memory",
-        "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
+        "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.rendezvous", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
@@ -108,7 +109,7 @@ ARROWS = {
     },
     "mcf.finetune": {
         "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
-        "mcf.linear", "mcf.local", "mcf.lock", "mcf.memory", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
+        "mcf.linear", "mcf.local", "mcf.lock", "mcf.memory", "mcf.rendezvous", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
     },
     "mcf.probe": {
         "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",

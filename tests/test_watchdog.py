@@ -322,9 +322,10 @@ GLOO = """
 import os, sys, torch
 from pathlib import Path
 from mcf import distributed
+from mcf.rendezvous import launch_name
 from mcf.watchdog import Watchdog
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-with Watchdog(rank, size, distributed.launch_name(os.environ)) as watchdog:
+with Watchdog(rank, size, launch_name(os.environ)) as watchdog:
     watchdog.open(Path(sys.argv[1]))
     world = distributed.join()
     watchdog.open(Path(sys.argv[1]))
