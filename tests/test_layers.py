@@ -65,7 +65,7 @@ ARROWS = {
     "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
     "mcf.pack": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali",
+        "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.data.jpeg",
         "mcf.data.encoding", "mcf.data.ustar", "mcf.slurm",
     },
     "mcf.memory": set(),

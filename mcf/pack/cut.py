@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mcf.data.dali import RegionDecoder, jpeg_size
+from mcf.data.dali import RegionDecoder
 from mcf.data.encoding import JpegEncoder
+from mcf.data.jpeg import jpeg_size
 from mcf.errors import UserError
 from mcf.pack import convert, jpeg
 from mcf.pack.convert import Prepared, Refused

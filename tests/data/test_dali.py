@@ -9,7 +9,8 @@ import torch
 from data_shards import make_jpeg
 from PIL import Image
 
-from mcf.data.dali import Decoder, Undecodable, jpeg_size
+from mcf.data.dali import Decoder, Undecodable
+from mcf.data.jpeg import jpeg_size
 from mcf.errors import UserError
 
 CPU = torch.device("cpu")

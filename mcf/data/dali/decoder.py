@@ -1,4 +1,4 @@
-"""JPEG bytes to images with DALI, on a GPU or without one: the only door to it.
+"""JPEG bytes to images of one size with DALI, on a GPU or without one.
 
     on a GPU      external_source ── decoders.image (mixed) ── resize and mirror ── uint8 [b, H, W, 3]
     without one   external_source ── decoders.image (cpu) ── resize and mirror by torch ── uint8 [b, H, W, 3]
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcf.errors import UserError, missing_package
+from mcf.data.dali.library import import_dali
+from mcf.data.jpeg import absurd_size
+from mcf.errors import UserError
 
 log = logging.getLogger(__name__)
-
-MAX_PIXELS = 1 << 26  # a header that claims more is damaged; decoding it would take gigabytes
 
 
 class Undecodable(Exception):
@@ -42,26 +41,6 @@ class Undecodable(Exception):
     def __init__(self, reasons: dict[int, str]):
         super().__init__(f"{len(reasons)} images do not decode: {reasons}")
         self.reasons = reasons
-
-
-def jpeg_size(jpeg: np.ndarray) -> tuple[int, int] | None:
-    """Height and width that the header of a JPEG (uint8 [bytes]) states; None if it is no JPEG or breaks off before."""
-    if len(jpeg) < 4 or jpeg[0] != 0xFF or jpeg[1] != 0xD8:
-        return None
-    data, at = jpeg.data, 2
-    while at + 9 <= len(data):
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame, of any coding
-            return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-        elif marker in (0xD9, 0xDA):  # end of image, start of scan: the frame should have come before
-            return None
-        else:
-            at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD7 else 2 + (data[at + 2] << 8 | data[at + 3])
-    return None
 
 
 class Decoded(NamedTuple):
@@ -109,8 +88,7 @@ class Decoder:
 
     def begin(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> None:
         """Have DALI decode a micro-batch on its own threads, once the one before has been waited for."""
-        sizes = [jpeg_size(jpeg) for jpeg in jpegs]
-        absurd = {i: why for i, size in enumerate(sizes) if (why := _absurd(size))}
+        absurd = {i: why for i, jpeg in enumerate(jpegs) if (why := absurd_size(jpeg))}
         self._begun = jpegs, mirror, absurd
         if not absurd:
             self._start(jpegs, mirror)
@@ -279,96 +257,6 @@ class Decoder:
         return F.interpolate(last, (side, side), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
 
-class RegionDecoder:
-    """Decodes a rectangle of each of up to `batch` JPEGs on `threads` cores: what packing cuts faces out of.
-
-    The pixels are those of decoding the whole image, but rows below the rectangle are not read and no inverse
-    transform is done beside it: for a face in a large picture that takes a third of the time.
-    """
-
-    def __init__(self, batch: int, threads: int = 1):
-        self.batch, self.threads = batch, threads
-        self._dali = import_dali()
-        self._pipeline: Any = None
-        self._images: Any = None
-
-    def decode(
-        self, jpegs: Sequence[np.ndarray], regions: Sequence[tuple[int, int, int, int]]
-    ) -> list[np.ndarray | None]:
-        """uint8 RGB [bottom − top, right − left, 3] for each region (left, top, right, bottom); None if it fails.
-
-        With up to `batch` JPEGs that all decode these are views of DALI's memory, valid until the next call.
-        """
-        if len(jpegs) <= self.batch:
-            return self._decode(jpegs, regions)
-        results: list[np.ndarray | None] = []
-        for first in range(0, len(jpegs), self.batch):
-            some = slice(first, first + self.batch)
-            results += _copied(self._decode(jpegs[some], regions[some]))
-        return results
-
-    def _decode(self, jpegs, regions) -> list[np.ndarray | None]:
-        try:
-            return self._run(jpegs, regions)
-        except RuntimeError as error:
-            self._pipeline = None  # dead after an error
-            if len(jpegs) == 1:
-                return [None]
-            # The message numbers an image that failed. Without it, the rest is tried together; else one by one.
-            named = {int(number) for number in re.findall(r"#(\d+)", str(error))} & set(range(len(jpegs)))
-            rest = [i for i in range(len(jpegs)) if i not in named]
-        if named:
-            parts = {i: _copied(self._decode(jpegs[i : i + 1], regions[i : i + 1]))[0] for i in named}
-            if rest:
-                decoded = self._decode([jpegs[i] for i in rest], [regions[i] for i in rest])
-                parts |= dict(zip(rest, decoded))
-            return [parts[i] for i in range(len(jpegs))]
-        return [_copied(self._decode([jpeg], [region]))[0] for jpeg, region in zip(jpegs, regions)]
-
-    def _run(self, jpegs, regions) -> list[np.ndarray | None]:
-        if self._pipeline is None:
-            self._pipeline = self._build()
-        start = [np.array([top, left], dtype=np.int32) for left, top, _, _ in regions]
-        shape = [np.array([bottom - top, right - left], dtype=np.int32) for left, top, right, bottom in regions]
-        (images,) = self._pipeline.run(jpegs=list(jpegs), start=start, shape=shape)
-        self._images = images  # the views below are of its memory
-        return [np.asarray(images[i]) for i in range(len(images))]
-
-    def _build(self):
-        fn, types, pipeline, _ = self._dali
-        pipe = pipeline(batch_size=self.batch, num_threads=self.threads, device_id=None, prefetch_queue_depth=1, seed=0)
-        with pipe:
-            jpegs = fn.external_source(name="jpegs", device="cpu", dtype=types.UINT8, ndim=1, batch=True)
-            start = fn.external_source(name="start", device="cpu", dtype=types.INT32, ndim=1, batch=True)
-            shape = fn.external_source(name="shape", device="cpu", dtype=types.INT32, ndim=1, batch=True)
-            pipe.set_outputs(
-                fn.decoders.image_slice(
-                    jpegs, start, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False, device="cpu",
-                    output_type=types.RGB, jpeg_fancy_upsampling=True,
-                )
-            )  # fmt: skip
-        pipe.build()
-        return pipe
-
-
-def _copied(views: list[np.ndarray | None]) -> list[np.ndarray | None]:
-    return [None if view is None else view.copy() for view in views]
-
-
-def import_dali():
-    """(fn, types, Pipeline, feed_ndarray), imported where a loader is made and not before."""
-    # Without a driver the codecs report every GPU library they cannot open; a decode that fails is raised, not logged.
-    os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "0")
-    try:
-        from nvidia.dali import Pipeline, fn, types
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-    except ImportError as error:
-        if not (error.name or "").startswith("nvidia"):
-            raise
-        raise missing_package("nvidia-dali", "reading shards", "nvidia-dali-cuda130") from None
-    return fn, types, Pipeline, feed_ndarray
-
-
 def _mirrored(picture: Tensor) -> Tensor:
     """A picture, uint8 [H, W, 3], flipped left to right. Torch is fast at this where it sees [b, C, H, W], channels last."""
     return picture.permute(2, 0, 1)[None].flip(-1)[0].permute(1, 2, 0)
@@ -376,16 +264,6 @@ def _mirrored(picture: Tensor) -> Tensor:
 
 def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
-
-
-def _absurd(size: tuple[int, int] | None) -> str | None:
-    """What is wrong with the size a header states, before anything is decoded."""
-    if size is None:
-        return "no JPEG header"
-    height, width = size
-    if not 0 < height * width <= MAX_PIXELS:
-        return f"header claims {width}x{height} pixels"
-    return None
 
 
 def _reason(error: RuntimeError) -> str:
