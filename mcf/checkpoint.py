@@ -20,15 +20,18 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
+PAUSES = (0.5, 2.0, 10.0)  # seconds before each further try to read a checkpoint
 _NAME = re.compile(r"step-(\d{8,})$")
 
 
@@ -79,24 +82,30 @@ def steps(run_dir: str | Path) -> list[Path]:
 
 
 def verify(path: Path) -> Damage | None:
-    """Hold a checkpoint against its manifest: every file there, of its size, with its sha256."""
+    """Hold a checkpoint against its manifest: every file there, of its size, with its sha256.
+
+    Raises OSError where the storage does not answer, which says nothing of the checkpoint.
+    """
     manifest = path / MANIFEST
     try:
         files = json.loads(manifest.read_text())["files"]
+        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return Damage(path, f"no {MANIFEST}: the save never ended")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Damage(path, f"{MANIFEST} is damaged ({error!r})")
-    for name, expected in files.items():
+    if not expected:
+        return Damage(path, f"{MANIFEST} is damaged (it names no files)")
+    for name, length, checksum in expected:
         file = path / name
         try:
             size = file.stat().st_size
-            if size != expected["bytes"]:
-                return Damage(path, f"{name} has {size} bytes, not {expected['bytes']}")
-            if _sha256(file) != expected["sha256"]:
+            if size != length:
+                return Damage(path, f"{name} has {size} bytes, not {length}")
+            if _sha256(file) != checksum:
                 return Damage(path, f"{name} does not have the checksum it was written with")
-        except OSError as error:
-            return Damage(path, f"{name} cannot be read ({error.strerror})")
+        except FileNotFoundError:
+            return Damage(path, f"{name} is not there")
     return None
 
 
@@ -106,24 +115,57 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def newest(run_dir: str | Path) -> tuple[Path | None, list[Damage]]:
-    """The newest whole checkpoint, and the damaged newer ones that were passed over."""
+    """The newest whole checkpoint, and the damaged newer ones that were passed over.
+
+    One that cannot be read is tried again for some seconds, and is damaged if the storage then gives an older one.
+    Raises UserError (UNAVAILABLE) where it gives none.
+    """
     damaged: list[Damage] = []
+    silent: OSError | None = None
     for path in reversed(steps(run_dir)):
-        damage = verify(path)
+        try:
+            damage = _verify_patiently(path)
+        except OSError as error:
+            silent, damage = error, Damage(path, f"cannot be read ({error.strerror})")
         if damage is None:
             return path, damaged
         log.warning("damaged checkpoint passed over: %s", damage)
         damaged.append(damage)
+    if silent is not None:
+        raise UserError(
+            f"{folder_of(run_dir)}: no checkpoint in it can be read ({silent.strerror}); launch again when the storage answers",
+            UNAVAILABLE,
+        )
     return None, damaged
 
 
-def set_aside(damaged: list[Damage]) -> None:
-    """Rename damaged checkpoints, so that they neither count among those kept nor are looked at again."""
+def _verify_patiently(path: Path) -> Damage | None:
+    for pause in PAUSES:
+        try:
+            return verify(path)
+        except OSError as error:  # noqa: PERF203
+            log.warning("%s cannot be read (%s), tried again in %g s", path, error.strerror, pause)
+            time.sleep(pause)
+    return verify(path)
+
+
+def take_up(run_dir: str | Path) -> Path | None:
+    """The checkpoint that a run goes on from, None at its beginning; damaged newer ones are renamed to damaged-….
+
+    So they neither count among those kept nor are looked at again.
+    Raises UserError where there are checkpoints, but none is whole: a run does not start again by itself.
+    """
+    path, damaged = newest(run_dir)
+    if damaged and path is None:
+        raise UserError(
+            f"{damaged[0]}; and no older checkpoint is whole: put one back, or delete {folder_of(run_dir)} to start again"
+        )
     for damage in damaged:
         aside = damage.path.with_name(f"damaged-{damage.path.name}")
         if aside.exists():
             shutil.rmtree(aside)
         damage.path.replace(aside)
+    return path
 
 
 @contextlib.contextmanager
@@ -189,7 +231,8 @@ def _sync_folder(folder: Path) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what earlier saves and removals left when they were cut off."""
     for leftover in (*folder.glob(".staging-*"), *folder.glob(".old-*")):
-        shutil.rmtree(leftover)
+        # One that does not go (an open file on NFS) is in nobody's way; this save's own staging folder, mkdir asks for.
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -201,7 +244,12 @@ def _remove(path: Path) -> None:
 
 def _retire(run_dir: str | Path, keep: int, keep_every: int) -> None:
     """Remove checkpoints beyond the `keep` newest; a folder that will not go is only logged."""
-    for path in steps(run_dir)[:-keep]:
+    try:
+        old = steps(run_dir)[:-keep]
+    except OSError as error:
+        log.warning("old checkpoints of %s could not be looked for: %s", run_dir, error.strerror)
+        return
+    for path in old:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         try:

@@ -18,7 +18,7 @@ import yaml
 from mcf import checkpoint, cli, snapshot
 from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
-from mcf.exits import SAVED, leave_at_once
+from mcf.exits import INTERRUPTED, SAVED, leave_at_once
 from mcf.local import directory, run_here
 from mcf.lock import RunLock
 from mcf.submit import job_script, submit
@@ -34,19 +34,19 @@ log = logging.getLogger(__name__)
 def main(argv: list[str] | None = None) -> int:
     """The verb; with `run=RUN_DIR` a rank that the launcher has started.
 
-    Exit status 0: done, or ended by ctrl-C. SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again.
-    RANK_LOST: another rank was dead or stuck.
+    Exit status 0: done, or a launcher's rank that ctrl-C has ended; INTERRUPTED: ended by ctrl-C without a launcher.
+    SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again. RANK_LOST: another rank was dead or stuck.
     """
     argv = sys.argv[1:] if argv is None else argv
     runs = [argument.removeprefix("run=") for argument in argv if argument.startswith("run=")]
     if runs:
-        return work(read_config(Path(runs[-1])), Path(runs[-1]))
+        return work(read_config(Path(runs[-1])), Path(runs[-1]), launched=True)
     config = absolute(cli.parse(FinetuneConfig, argv, verb="finetune"))
     run_dir = Path(config.output) / config.name
-    return work(config, run_dir) if config.mode == "here" else launch(config, run_dir)
+    return work(config, run_dir, launched=False) if config.mode == "here" else launch(config, run_dir)
 
 
-def work(config: FinetuneConfig, run_dir: Path) -> int:
+def work(config: FinetuneConfig, run_dir: Path, *, launched: bool) -> int:
     """Be a rank of the run, from where it stands to its end or until told to stop; the exit status."""
     # torch comes with them: help, refusals and submitting need not wait for it.
     from mcf import distributed, linear, memory
@@ -75,7 +75,9 @@ def work(config: FinetuneConfig, run_dir: Path) -> int:
             run.steps, time.monotonic() - started,
         )  # fmt: skip
         distributed.leave()
-    return SAVED if run.interrupted else 0
+    if run.interrupted:
+        return SAVED
+    return INTERRUPTED if stop.for_good and not launched else 0
 
 
 def launch(config: FinetuneConfig, run_dir: Path) -> int:

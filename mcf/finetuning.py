@@ -70,7 +70,7 @@ class Finetuning:
         identity = fingerprint(backbone)
         mark("reading checkpoint")
         self.progress = state.Progress(data=state.fingerprint(self.train, self.validation, self.set.test))
-        found = distributed.broadcast(checkpoint.latest(run_dir) if world.is_main else None)
+        found = distributed.from_main(lambda: checkpoint.take_up(run_dir))
         if found is not None:
             self.progress = state.check_same_run(found, config, self.progress.data)
         if found is not None and self.progress.backbone != identity:

@@ -32,8 +32,8 @@ FORMAT = 1
 
 # What may differ between two launches of one run. Everything else makes it another run.
 _FREE = (
-    "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "data.path",
-    "data.samples", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
+    "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "start.path",
+    "data.path", "data.samples", "data.stage", "data.stage_gb", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
     "train.zero_stage", "train.threads", "train.log_every", "speed", "checkpoint", "guard", "watchdog",
     "track", "probe", "slurm",
 )  # fmt: skip
@@ -76,13 +76,16 @@ def write(folder: Path, recipe: Recipe, progress: Progress, engine: dict[str, to
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a file of safetensors; an OSError where the disk is full."""
+    """Write a file of safetensors, readable by whom the umask says; an OSError where the disk is full."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
     except SafetensorError as error:
         # The library wraps I/O errors in its own type and keeps no errno: write a little to have the real one.
         _raise_real_error(path)
         raise OSError(0, f"{path.name}: {error}") from error
+    path.chmod(mode)  # the library's own is for the owner alone
 
 
 def _raise_real_error(path: Path) -> None:
@@ -95,6 +98,8 @@ def _raise_real_error(path: Path) -> None:
 def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """Progress and recipe (as plain values) of a checkpoint."""
     content = json.loads((folder / RUN).read_text())
+    if "recipe" not in content:
+        raise UserError(f"{folder}: a checkpoint of fine-tuning, not of pre-training; give another name=")
     if content.get("format") != FORMAT:
         raise UserError(
             f"{folder / RUN}: format {content.get('format')}, this version reads {FORMAT}; go on with the version of mcf "

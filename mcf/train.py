@@ -23,7 +23,7 @@ from mcf.config import Recipe
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
 from mcf.errors import UserError
-from mcf.exits import SAVED, leave_at_once
+from mcf.exits import INTERRUPTED, SAVED, leave_at_once
 from mcf.guard import Guard, memory_suffices
 from mcf.meters import Meters
 from mcf.models.teacher import Teacher
@@ -39,6 +39,8 @@ from mcf.watchdog import Mark, Watchdog, unwatched
 from mcf.weights import build_teacher, read_start, read_teacher
 
 log = logging.getLogger(__name__)
+
+RECIPE = "recipe.yaml"
 
 # What costs a step time instead of memory.
 RECOMPUTED = "speed.recompute=[encoder,decoder,teacher]"
@@ -56,7 +58,7 @@ class Training:
         self.plan = make_plan(recipe, self.manifest.samples)
         self.progress = state.Progress(data=self.manifest.fingerprint)
         mark("reading checkpoint")
-        found = self._newest_checkpoint()
+        found = distributed.from_main(lambda: checkpoint.take_up(run_dir))
         self.recipe = recipe = self._resolved(recipe, found)
         if found is not None:
             # Before anything is built: a checkpoint of another run is refused at once.
@@ -141,7 +143,7 @@ class Training:
                 if stopping or probed or self._due(recipe.train.log_every):
                     self._note_bad_samples(tracker)
                     self._log(tracker, probed)
-                if stopping or self._due(recipe.track.images_every):
+                if recipe.track.images_every and (stopping or self._due(recipe.track.images_every)):
                     self._picture(tracker, outcome)
                 if stopping or self._due(recipe.checkpoint.every):
                     failure = self._save(tracker)
@@ -188,16 +190,6 @@ class Training:
         self.step.engine.load_state_dict(Spread(lambda: tensors, self.world.device))
         self.step.momentum.load_full_state_dict(dict(Spread(lambda: momentum, self.world.device)))
         log.info("going on from %s: %d samples seen", found, self.progress.samples_seen)
-
-    def _newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint as rank 0 sees it; damaged ones are set aside."""
-        path: Path | None = None
-        if self.world.is_main:
-            path, damaged = checkpoint.newest(self.run_dir)
-            checkpoint.set_aside(damaged)
-            if damaged and path is None:
-                log.warning("no whole checkpoint is left in %s: the run starts again", self.run_dir)
-        return distributed.broadcast(path)
 
     def _save(self, tracker: Tracker) -> str | None:
         """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""
@@ -258,8 +250,8 @@ class Training:
 def main(argv: list[str] | None = None) -> int:
     """Train one rank: `run=RUN_DIR` as mcf.launch writes it, or recipe=… key=value … directly.
 
-    Exit status 0: done, or ended by ctrl-C. SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again.
-    RANK_LOST: another rank was dead or stuck.
+    Exit status 0: done, or a launcher's rank that ctrl-C has ended; INTERRUPTED: ended by ctrl-C without a launcher.
+    SAVED: told to stop by SIGTERM or SIGUSR2, saved, and to be started again. RANK_LOST: another rank was dead or stuck.
     """
     argv = sys.argv[1:] if argv is None else argv
     if cli.wants_help(argv):
@@ -268,15 +260,18 @@ def main(argv: list[str] | None = None) -> int:
     startup.keep_caches_local()
     place = rendezvous(os.environ)
     with Watchdog(place.rank, place.size, launch_name(os.environ)) as watchdog:
-        if run_dir := run_dir_of(argv):
-            watchdog.open(run_dir)
+        launched = run_dir_of(argv)
+        if launched and (launched / RECIPE).is_file():
+            watchdog.open(launched)
         watchdog.mark("joining")
         world = distributed.join(timeout=distributed.PATIENCE)
         recipe, run_dir = distributed.from_main(lambda: read_arguments(argv))
         watchdog.open(run_dir)
         watchdog.configure(recipe.watchdog)
         interrupted = train(recipe, run_dir, world, stop, watchdog)
-    return SAVED if interrupted else 0
+    if interrupted:
+        return SAVED
+    return INTERRUPTED if stop.for_good and launched is None else 0
 
 
 def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:
@@ -316,7 +311,7 @@ def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:
     if run_dir is None:
         recipe = cli.load_recipe(argv, verb="train")
         return recipe, Path(recipe.output) / recipe.name
-    file = run_dir / "recipe.yaml"
+    file = run_dir / RECIPE
     if not file.exists():
         raise UserError(f"run={run_dir}: no recipe.yaml in it; start runs with python -m mcf.launch recipe=…")
     rest = [argument for argument in argv if not argument.startswith("run=")]

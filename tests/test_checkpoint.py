@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from mcf import checkpoint
+from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 
 def write(run: Path, step: int, content: bytes = b"weights", **kwargs) -> Path:
@@ -38,9 +41,10 @@ def test_a_save_is_whole_and_latest(tmp_path):
     [
         (lambda p: (p / "a.bin").write_bytes(b"weighty"), "a.bin does not have the checksum"),
         (lambda p: (p / "deep/b.bin").write_bytes(b"w"), "deep/b.bin has 1 bytes, not 14"),
-        (lambda p: (p / "a.bin").unlink(), "a.bin cannot be read"),
+        (lambda p: (p / "a.bin").unlink(), "a.bin is not there"),
         (lambda p: (p / checkpoint.MANIFEST).unlink(), "the save never ended"),
         (lambda p: (p / checkpoint.MANIFEST).write_text('{"files": {"a.b'), "MANIFEST.json is damaged"),
+        (lambda p: (p / checkpoint.MANIFEST).write_text('{"files": {}}'), "names no files"),
     ],
 )
 def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, harm, said, caplog):
@@ -56,10 +60,91 @@ def test_damage_is_seen_and_the_one_before_is_taken(tmp_path, harm, said, caplog
 def test_a_damaged_checkpoint_set_aside_does_not_crowd_out_good_ones(tmp_path):
     write(tmp_path, 1)
     (write(tmp_path, 9) / "a.bin").unlink()
-    checkpoint.set_aside(checkpoint.newest(tmp_path)[1])
+    assert checkpoint.step_of(checkpoint.take_up(tmp_path)) == 1
     write(tmp_path, 2, keep=1)
     assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path)] == [2]
     assert (checkpoint.folder_of(tmp_path) / "damaged-step-00000009").is_dir()
+
+
+def test_no_flipped_bit_of_a_manifest_is_believed_or_a_traceback(tmp_path):
+    before, path = write(tmp_path, 1), write(tmp_path, 2)
+    manifest = path / checkpoint.MANIFEST
+    sound = manifest.read_bytes()
+    files = json.loads(sound)["files"]
+    for bit in range(8 * len(sound)):
+        flipped = bytearray(sound)
+        flipped[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(flipped)
+        same = False  # a bit of white space, or of the case of an escape, changes nothing
+        with contextlib.suppress(ValueError):
+            same = json.loads(flipped) == {"files": files}
+        assert checkpoint.latest(tmp_path) == (path if same else before), bit
+
+
+def without_answer(file: Path) -> Path:
+    """Have every read of a file fail with EIO, as address 0 of a process does; returns where its content is now."""
+    kept = file.with_name("kept")
+    file.rename(kept)
+    file.symlink_to("/proc/self/mem")
+    return kept
+
+
+def test_storage_that_does_not_answer_for_a_moment_damages_nothing(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    manifest = write(tmp_path, 2) / checkpoint.MANIFEST
+    kept = without_answer(manifest)
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            kept.replace(manifest)
+
+    monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+    assert checkpoint.take_up(tmp_path) == manifest.parent
+    assert pauses == [0.5, 2.0]
+
+
+def test_a_checkpoint_that_alone_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.01,))
+    before = write(tmp_path, 1)
+    without_answer(write(tmp_path, 2) / checkpoint.MANIFEST)
+    assert checkpoint.take_up(tmp_path) == before
+    assert (checkpoint.folder_of(tmp_path) / "damaged-step-00000002").is_dir()
+
+
+def test_a_run_does_not_start_again_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.01,))
+    paths = write(tmp_path, 1), write(tmp_path, 2)
+    for path in paths:
+        kept = without_answer(path / checkpoint.MANIFEST)
+    with pytest.raises(UserError, match=r"no checkpoint in it can be read \(Input/output error\); launch") as caught:
+        checkpoint.take_up(tmp_path)
+    assert caught.value.status == UNAVAILABLE  # Slurm tries again
+    for path in paths:
+        kept = path / "kept"
+        kept.replace(path / checkpoint.MANIFEST)
+        (path / "a.bin").unlink()
+    with pytest.raises(
+        UserError, match=r"step-00000002: a\.bin is not there; and no older .* delete .* to start again"
+    ):
+        checkpoint.take_up(tmp_path)
+    assert checkpoint.steps(tmp_path) == list(paths)  # under their names
+
+
+def test_a_leftover_that_does_not_go_is_in_no_saves_way(tmp_path):
+    write(tmp_path, 1)
+    busy = checkpoint.folder_of(tmp_path) / ".old-step-00000000" / "busy"
+    busy.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(busy)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        assert write(tmp_path, 2) == checkpoint.latest(tmp_path)
+    finally:
+        subprocess.run(["umount", str(busy)], check=True)
+    write(tmp_path, 3)
+    assert not busy.parent.exists()
 
 
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path):

@@ -85,7 +85,7 @@ ARROWS = {
     "mcf.watchdog": {"mcf.config", "mcf.exits", "mcf.heartbeat", "mcf.track.jsonl"},
     "mcf.sharding": {"mcf.distributed"},
     "mcf.engine": {"mcf.config", "mcf.distributed", "mcf.errors", "mcf.spread", "mcf.zero"},
-    "mcf.checkpoint": {"mcf.errors"},
+    "mcf.checkpoint": {"mcf.errors", "mcf.exits"},
     "mcf.stop": set(),
     "mcf.guard": {"mcf.config", "mcf.errors"},
     "mcf.state": {"mcf.config", "mcf.errors"},

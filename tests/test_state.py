@@ -33,12 +33,26 @@ def test_what_is_written_is_read(tmp_path):
     assert state.read_progress(tmp_path)[0].step == 7
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    saved(tmp_path, recipe())
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_a_checkpoint_of_fine_tuning_is_no_run_to_go_on_with(tmp_path):
+    (saved(tmp_path, recipe()) / state.RUN).write_text('{"format": 1, "progress": {"step": 3}, "finetune": {}}')
+    for look in (lambda: state.check_same_run(tmp_path, recipe(), "abc"), lambda: state.saved_precision(tmp_path)):
+        with pytest.raises(UserError, match="a checkpoint of fine-tuning, not of pre-training; give another name="):
+            look()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"gpus_per_node": 2, "micro_batch": 2},
         {"train__zero_stage": 3, "train__stop_after": 3, "machine": "h200"},
-        {"data__path": "elsewhere", "data__prefetch": 7},
+        {"data__path": "elsewhere", "data__prefetch": 7, "data__stage": "/local", "data__stage_gb": 9},
+        {"start__path": "moved.safetensors"},
         {"checkpoint__every": 1, "checkpoint__keep": 9, "guard__max_bad_steps": 1, "track__mlflow": "http://x"},
     ],
 )

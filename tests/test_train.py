@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mcf import checkpoint
-from mcf.exits import SAVED
+from mcf.exits import INTERRUPTED, SAVED
 from mcf.track.jsonl import read
 
 STEPS = 40
@@ -144,6 +145,23 @@ def test_told_to_stop_it_saves_and_goes_on_later(unbroken, data, tmp_path):
     assert numbers(run_dir) == numbers(unbroken)
 
 
+def test_ctrl_c_saves_and_says_so_where_no_launcher_does(data, tmp_path):
+    run_dir = tmp_path / "interrupted"
+    tiny.write_recipe(run_dir, tiny.recipe(run_dir, data, train__steps=10_000, checkpoint__every=100_000))
+    command = [sys.executable, "-m", "mcf.train", f"recipe={run_dir / 'recipe.yaml'}"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or not numbers(run_dir):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
+    assert checkpoint.step_of(checkpoint.latest(run_dir)) == max(numbers(run_dir))
+    assert not (run_dir / "images").exists()  # track.images_every=0
+
+
 def test_a_damaged_checkpoint_falls_back_and_another_recipe_is_refused(unbroken, data, tmp_path):
     run_dir = tmp_path / "damaged"
     tiny.write_recipe(run_dir, tiny.recipe(run_dir, data, train__steps=STEPS, train__stop_after=12))
@@ -254,6 +272,7 @@ def test_no_run_directory(tmp_path):
     )
     assert result.returncode == 2
     assert "no recipe.yaml" in result.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_checkpoint_holds_everything_but_the_teacher(unbroken):

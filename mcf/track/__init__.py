@@ -115,8 +115,8 @@ class Tracker:
         if self._metrics is not None:
             with self._guarded("metrics.jsonl"):
                 if self._uncut:
-                    self._uncut = False
                     self._metrics.cut(step)
+                    self._uncut = False
                 self._metrics.append(record)
         if self._mlflow is not None and not self._closed:
             with self._guarded("MLflow"):

@@ -28,19 +28,20 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class Writer:
     """Appends to a file of JSON lines; safe to use from several threads.
 
-    `start` and `append` raise OSError (disk full, folder gone); the file then still reads well, and later lines that
-    can be written again are.
+    The file is opened for the first line. `cut` and `append` raise OSError (disk full, folder gone); the file then still
+    reads well, and later lines that can be written again are.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._torn = not _ends_with_newline(self._file)
+        self._file = -1
+        self._torn = False
 
     def cut(self, step: int) -> None:
         """Remove the last lines whose `step` is `step` or later: they are about to be written again."""
         with self._lock:
+            self._open()
             end = os.fstat(self._file).st_size
             keep = 0
             with self.path.open("rb") as lines:
@@ -57,6 +58,7 @@ class Writer:
         """Write one line; it survives the death of the process as soon as this returns."""
         line = json.dumps(_encode(record), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
         with self._lock:
+            self._open()
             if self._torn:
                 line = b"\n" + line
             self._torn = True
@@ -66,13 +68,24 @@ class Writer:
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
-        os.fsync(self._file)
+        if self._file >= 0:
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file; the writer is of no use afterwards."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _open(self) -> None:
+        if self._file < 0:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                self._torn = not _ends_with_newline(file)
+            except OSError:
+                os.close(file)
+                raise
+            self._file = file
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

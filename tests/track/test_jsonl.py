@@ -52,6 +52,20 @@ def test_a_torn_last_line_is_dropped_and_what_follows_is_whole(tmp_path):
     assert read(path) == [{"step": 1, "a": 1.5}, {"step": 2, "a": 2.5}]
 
 
+def test_a_file_that_cannot_be_opened_is_tried_again_with_the_next_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+    writer = Writer(path)
+    for record in (lambda: writer.append({"step": 1}), lambda: writer.cut(1)):
+        with pytest.raises(IsADirectoryError):
+            record()
+    writer.sync()
+    path.rmdir()
+    writer.append({"step": 2})
+    writer.close()
+    assert read(path) == [{"step": 2}]
+
+
 def test_a_damaged_block_costs_only_its_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + b"\0" * 100 + b"\xff\xfe\n" + b"[3]\n" + b'{"step": 4}\n')
