@@ -64,22 +64,19 @@ class Guard:
             log.warning("the keys of bad step %d could not be written to %s: %s", step, file, error.strerror)
         return file
 
-    def watch_collapse(self, step: int, query_std: float) -> bool:
-        """Warn, once per fall, when the spread of the queries says that they are all becoming the same.
+    def watch_collapse(self, query_std: float) -> str | None:
+        """A warning, once per fall, when the spread of the queries says that they are all becoming the same.
 
         `query_std` is the mean over dimensions of the standard deviation over samples of L2-normalised queries, times
         √dim: about 1 for queries spread evenly over the sphere, 0 when all are equal.
         """
-        fallen = query_std < self.config.collapse_std
-        if fallen and not self._collapse_told:
-            log.warning(
-                "step %d: the queries are collapsing: their spread is %.3f of an even one (guard.collapse_std=%g)",
-                step,
-                query_std,
-                self.config.collapse_std,
-            )
-        self._collapse_told = fallen
-        return fallen
+        limit, told = self.config.collapse_std, self._collapse_told
+        self._collapse_told = query_std < limit
+        if told or not self._collapse_told:
+            return None
+        return (
+            f"the queries are collapsing: their spread is {query_std:.3f} of an even one (guard.collapse_std={limit:g})"
+        )
 
 
 @contextlib.contextmanager

@@ -228,7 +228,8 @@ class Training:
         numbers["lr"] = self.step.learning_rate_at(step - 1)
         numbers["momentum"] = self.step.momentum_at(step - 1)
         numbers["bad/steps"], numbers["bad/samples"] = self.progress.bad_steps, self.progress.bad_samples
-        self.guard.watch_collapse(step, numbers["contrast/query_std"])
+        if warning := self.guard.watch_collapse(numbers["contrast/query_std"]):
+            tracker.event("warning", step=step, message=warning)
         tracker.metrics(step, numbers)
 
     def _note_bad_samples(self, tracker: Tracker) -> None:
