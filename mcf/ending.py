@@ -34,8 +34,11 @@ def report(run_dir: Path, job: str, took: str, asked: bool) -> int:
 
 def first_to_fail(statuses: list[Status]) -> Status | None:
     """The rank whose end was the reason of all others'; None if none failed."""
-    failed = [s for s in statuses if s.code not in (0, SAVED) and s.because is None]
-    return min(failed, key=lambda s: s.ended or float("inf"), default=None)
+    failed = [s for s in statuses if s.code not in (0, SAVED)]
+    # The clocks of nodes differ: a user's mistake is nobody's consequence, whatever the time it is told at.
+    return min(
+        failed, key=lambda s: (s.because is not None, s.code != USER_ERROR, s.ended or float("inf")), default=None
+    )
 
 
 def newest_step(run_dir: Path) -> int:
@@ -56,7 +59,9 @@ def finished(run_dir: Path, statuses: list[Status]) -> int:
 
 def describe_end(status: Status) -> tuple[str, int]:
     """How a rank that failed ended, in words, and the exit status that a shell would give it."""
-    if status.code is None:
+    if status.because is not None:
+        how, code = f"was ended, because rank {status.because} was gone", 1
+    elif status.code is None:
         how, code = "vanished without a word (its processes were killed)", 1
     elif status.code < 0:
         name = signal.Signals(-status.code).name

@@ -87,9 +87,16 @@ def status_path(jobs: Path, job: str, rank: int) -> Path:
 
 
 def read_statuses(jobs: Path, job: str) -> list[Status]:
-    """Statuses of the ranks of a job that have written one, by rank."""
-    found = (Status(**json.loads(path.read_text())) for path in jobs.glob(f"{job}_*_status.json"))
-    return sorted(found, key=lambda status: status.rank)
+    """Statuses of the ranks of a job that have written one, by rank; without a code where it cannot be read."""
+    return sorted(map(_read_status, jobs.glob(f"{job}_*_status.json")), key=lambda status: status.rank)
+
+
+def _read_status(path: Path) -> Status:
+    try:
+        return Status(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        # A node that died before what it wrote was on the server. Nothing is known of it, not even whether it lives.
+        return Status(int(path.name.split("_")[-2]), watcher=0, began=float("inf"))
 
 
 @dataclass(frozen=True)

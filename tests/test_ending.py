@@ -7,9 +7,12 @@ import signal
 import time
 
 import pytest
+import tiny
 
+from mcf import job, slurm
 from mcf.ending import finished, report
-from mcf.task import JOBS, Status, status_path
+from mcf.exits import RANK_LOST, USER_ERROR
+from mcf.task import JOBS, Status, read_statuses, status_path
 
 STEP = 24
 BEFORE, NOW, AFTER = 100.0, 200.0, 300.0  # the start's beginning is NOW
@@ -63,6 +66,54 @@ def test_an_end_whose_checkpoint_is_not_there_is_not_done(run_dir):
 
 def test_a_rank_s_status_says_when_it_began():
     assert abs(Status(0, watcher=1).began - time.time()) < 60
+
+
+# --- which rank it was ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def requeued(monkeypatch):
+    """Numbers of jobs that went back to the queue, of a Slurm that says that they run."""
+    found: list[str] = []
+    monkeypatch.setattr(slurm, "show", lambda _job: {"JobState": "RUNNING"})
+    monkeypatch.setattr(slurm, "requeue", found.append)
+    monkeypatch.setattr(job.time, "sleep", lambda _seconds: None)
+    return found
+
+
+def test_a_mistake_told_by_a_clock_that_is_ahead_is_not_tried_again(tmp_path, requeued, capsys):
+    """Rank 1 refuses and rank 0 hears of it a second later, but the clock of rank 1's node is 5 s ahead."""
+    end(tmp_path, Status(0, 1, code=RANK_LOST, ended=NOW + 1), Status(1, 1, code=USER_ERROR, ended=NOW + 5))
+    (tmp_path / JOBS / "7_1_log.out").write_text("error: what is wrong\n")
+    assert job.end(tmp_path, 1, {"SLURM_JOB_ID": "7"}) == USER_ERROR
+    assert requeued == []
+    assert "error: what is wrong (rank 1)" in capsys.readouterr().out
+    assert report(tmp_path, "7", "after 9 s", asked=False) == USER_ERROR
+
+
+@pytest.mark.parametrize("content", ["", '{"rank": 1, "watch', "[1]"])
+def test_a_status_that_cannot_be_read_is_of_a_rank_that_said_nothing(tmp_path, requeued, content):
+    end(tmp_path, Status(0, 1, code=RANK_LOST, ended=NOW))
+    status_path(tmp_path / JOBS, "7", 1).write_text(content)
+    assert [(s.rank, s.code) for s in read_statuses(tmp_path / JOBS, "7")] == [(0, RANK_LOST), (1, None)]
+    assert job.end(tmp_path, 1, {"SLURM_JOB_ID": "7"}) == 0
+    assert requeued == ["7"]
+    assert report(tmp_path, "7", "after 9 s", asked=False) == RANK_LOST
+
+
+def test_ranks_that_were_all_ended_for_another_s_sake_are_not_done(tmp_path, capsys):
+    """Of the rank that they name nothing is left."""
+    end(tmp_path, Status(0, 1, code=-signal.SIGKILL, because=2), Status(1, 1, code=-signal.SIGKILL, because=2))
+    assert report(tmp_path, "7", "after 9 s", asked=False) == 1
+    assert "rank 0 was ended, because rank 2 was gone" in capsys.readouterr().err
+
+
+def end(run_dir, *ended: Status) -> None:
+    """Leave a run whose job 7 has ended so."""
+    (run_dir / JOBS).mkdir()
+    tiny.write_recipe(run_dir, tiny.recipe(run_dir, run_dir / "shards"))
+    for status in ended:
+        status.write(status_path(run_dir / JOBS, "7", status.rank))
 
 
 def statuses(run_dir):
