@@ -24,6 +24,10 @@ def run_here(recipe: Recipe, run_dir: Path, task: Rank, lock: RunLock) -> int:
     """Run all ranks on this machine and follow rank 0; the exit status of the run."""
     submitit = need_submitit()
     jobs = run_dir / JOBS
+    # A job's number is its controller's, and a container gives the same ones again: what stands there would be believed
+    # of this job's ranks.
+    for old in jobs.glob("*_status.json"):
+        old.unlink()
     executor = submitit.LocalExecutor(jobs)
     executor.update_parameters(tasks_per_node=recipe.gpus_per_node, timeout_min=YEAR, stderr_to_stdout=True)
     variables = {

@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -93,10 +94,13 @@ class Place:
             os._exit(127)
         return pid, terminal
 
-    def start(self, *extra: str, roles=("end", "end"), **environment: str) -> subprocess.Popen:
+    def start(
+        self, *extra: str, roles=("end", "end"), before: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen:
+        """Start a launch; `before` is a command that runs it."""
         (self.folder / "runs" / "roles.json").write_text(json.dumps(roles))
         process = subprocess.Popen(
-            self.command(*extra),
+            [*before, *self.command(*extra)],
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
