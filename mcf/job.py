@@ -87,6 +87,8 @@ def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
     saved = status == 0 and any(s.code == SAVED for s in statuses)
     if status == 0 and not saved:
         return 0
+    if status == USER_ERROR and not any(s.code for s in statuses):
+        return USER_ERROR  # which no rank could write down: a full disk
     first = first_to_fail(statuses)
     why = "saved" if saved else f"srun ended with status {status}"
     if not saved and first is not None:

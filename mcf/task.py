@@ -38,6 +38,7 @@ JOBS = "jobs"  # folder of a run for what its ranks print and how they end
 POLL = 0.2  # seconds between two looks at the child and its peers
 FENCE = 1.0  # seconds between two looks at whether this start of a Slurm job still is the newest
 PORTS = (20_000, 32_000)  # below Linux's dynamic ports (32768 on), so that no outgoing connection takes it
+_WIDTH = 512  # bytes of a status, padded
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 # Opened here, because a child between fork and exec should not load libraries.
@@ -75,10 +76,17 @@ class Status:
     because: int | None = None
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        staged = path.with_suffix(".tmp")
-        staged.write_text(json.dumps(asdict(self)))
-        staged.replace(path)
+        """Write the file over the one before, as long as that one: a full disk has room for what it holds already."""
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(file, json.dumps(asdict(self)).encode().ljust(_WIDTH - 1) + b"\n", 0)
+        finally:
+            os.close(file)
+
+    def tell(self, path: Path) -> None:
+        """Write the file if that is possible: how a rank ended gets out by its exit status, too."""
+        with contextlib.suppress(OSError):
+            self.write(path)
 
 
 def status_path(jobs: Path, job: str, rank: int) -> Path:
@@ -185,7 +193,7 @@ class Rank:
         rank, local = here.rank, here.local
         path = status_path(self.run_dir / JOBS, here.job, rank)
         status = Status(rank, os.getpid())
-        status.write(path)
+        status.tell(path)
         child: subprocess.Popen[bytes] | None = None
         told: list[int] = []
 
@@ -212,7 +220,7 @@ class Rank:
         for early in told:
             child.send_signal(early)
         status.child = child.pid
-        status.write(path)
+        status.tell(path)
         deadline = None
         fence = time.monotonic() + FENCE
         while not _ends_within(child, POLL):
@@ -232,7 +240,7 @@ class Rank:
         for number in passed_on:
             signal.signal(number, signal.SIG_IGN)
         status.code, status.ended = child.returncode, time.time()
-        status.write(path)
+        status.tell(path)
         return status.code
 
     def _dead_peer(self, here: Place) -> int | None:

@@ -1,13 +1,24 @@
-"""How the watcher of a rank learns that it has ended: at once, so that of several ranks the first to end is known."""
+"""How the watcher of a rank learns that it has ended (at once, so that of several ranks the first to end is known), and
+how others learn it from the watcher."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from mcf.task import _ends_within
+import pytest
+import tiny
+
+from mcf import job
+from mcf.ending import report
+from mcf.exits import USER_ERROR
+from mcf.task import JOBS, _ends_within, status_path
 
 LONG = 60.0  # seconds: what a wait for the next look would take
 
@@ -32,3 +43,69 @@ def test_a_stopped_process_has_not_ended():
     child.kill()
     assert _ends_within(child, LONG)
     child.stdin.close()
+
+
+# --- on a full disk -------------------------------------------------------------------------------------------------
+
+FILL = """
+import os, sys
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+for size in (65536, 1):
+    try:
+        while True:
+            os.write(file, bytes(size))
+    except OSError:
+        pass
+"""
+# A rank that fills the disk and refuses to go on.
+REFUSES = FILL + "sys.exit(2)"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path):
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def watch(run_dir: Path, *command: str, rank: int = 0, ranks: int = 1, **environment: str) -> subprocess.Popen:
+    """A rank of the local job 7, which runs `command`."""
+    code = "import sys; from pathlib import Path; from mcf.task import Rank; Rank(tuple(sys.argv[2:]), Path(sys.argv[1]), grace=0.5)()"
+    variables = {"JOB_ID": 7, "GLOBALID": rank, "LOCALID": rank, "NTASKS": ranks}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(run_dir), *command],
+        env=os.environ
+        | {"SUBMITIT_EXECUTOR": "local", **{f"SUBMITIT_LOCAL_{name}": str(is_) for name, is_ in variables.items()}}
+        | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_how_a_rank_ended_gets_out_of_a_full_disk(tmp_path):
+    with small_disk(tmp_path / "disk"):
+        run_dir = tmp_path / "disk" / "run"
+        (run_dir / JOBS).mkdir(parents=True)
+        rank = watch(run_dir, sys.executable, "-c", REFUSES, str(run_dir / "ballast"))
+        assert (rank.communicate(timeout=60)[1], rank.returncode) == ("", USER_ERROR)
+        with pytest.raises(OSError, match="No space left"):
+            (run_dir / "more").write_bytes(bytes(4096))
+        assert json.loads(status_path(run_dir / JOBS, "7", 0).read_text())["code"] == USER_ERROR
+        assert report(run_dir, "7", "after 9 s", asked=False) == USER_ERROR
+        assert job.end(run_dir, USER_ERROR, {"SLURM_JOB_ID": "7"}) == USER_ERROR
+
+
+def test_a_disk_that_is_full_from_the_start_hides_no_exit_status(tmp_path):
+    with small_disk(tmp_path / "disk"):
+        run_dir = tmp_path / "disk" / "run"
+        (run_dir / JOBS).mkdir(parents=True)
+        tiny.write_recipe(run_dir, {})
+        subprocess.run([sys.executable, "-c", FILL, str(run_dir / "ballast")], check=True)
+        rank = watch(run_dir, sys.executable, "-c", "raise SystemExit(2)")
+        assert (rank.communicate(timeout=60)[1], rank.returncode) == ("", USER_ERROR)
+        assert job.end(run_dir, USER_ERROR, {"SLURM_JOB_ID": "7"}) == USER_ERROR
