@@ -62,7 +62,7 @@ ARROWS = {
     },
     "mcf.local": {"mcf.config", "mcf.errors", "mcf.follow", "mcf.lock", "mcf.submit", "mcf.task"},
     # The rooms.
-    "mcf.data": {"mcf.config", "mcf.errors", "mcf.kernels"},
+    "mcf.data": {"mcf.config", "mcf.errors", "mcf.exits", "mcf.kernels"},
     "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
     "mcf.pack": {
         "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.data.jpeg",

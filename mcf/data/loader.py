@@ -81,7 +81,7 @@ class Loader:
 
     Raises UserError for a folder that is not what it should be, for numbers that do not fit each other, and, out of
     `next()`, when the share of bad samples (distinct ones, of those this iteration has seen, at least 100) is over
-    data.max_bad.
+    data.max_bad, or when the storage stays away (mcf.data.reader.PATIENCE).
     """
 
     def __init__(
@@ -229,6 +229,7 @@ class _Producer:
                 ahead=_AHEAD * loader.micro_batch,
                 pauses=loader.pauses,
                 stage=stage,
+                closing=self.closing,
             )
             if loader.device.type == "cuda":
                 torch.cuda.set_device(loader.device)

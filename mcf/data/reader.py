@@ -5,8 +5,10 @@
       ├─ a thread reads a window with one contiguous read a shard (ShardFiles), and cuts the JPEGs out of it
       └─ a sample's bytes are let go when it is taken: what is held is the windows begun and those in sight
 
-A read that fails is tried again for some seconds (network file systems answer EIO and ESTALE while they fail over);
-after that its samples are taken as bad: named, with the reason, and left to the loader. No error here ends a run.
+A read that fails is tried again for some seconds; after that its samples are taken as bad: named, with the reason, and left
+to the loader. But where nothing else can be read either, it is the storage that fails (network file systems answer EIO and
+ESTALE while they fail over, for a minute and more): then reading waits for it, and no sample is bad. Only storage that stays
+away ends a run.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import io
 import logging
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,10 +32,15 @@ from mcf.data.order import Order, Segment
 from mcf.data.shards import Manifest, index_path
 from mcf.data.staging import Stage
 from mcf.data.storage import EndsEarly
+from mcf.data.ustar import BLOCK
+from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 log = logging.getLogger(__name__)
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds before each further try of a failed read
+PATIENCE = 240.0  # seconds that storage may be away: well under what the watchdog gives a step (watchdog.timeout)
+_LONGEST = 10.0  # seconds between two tries then
 _SLOW = 10.0  # seconds of waiting for one window after which that is said, again and again
 _FEW = 6  # stand-ins that are looked for behind a URL
 _HEADER = re.compile(  # what NumPy writes for the rows of an index (mcf.data.shards)
@@ -63,41 +71,101 @@ class Sample(NamedTuple):
 class ShardFiles:
     """All access to files: from their storage, or from staged copies. Safe to use from several threads."""
 
-    def __init__(self, manifest: Manifest, pauses: tuple[float, ...] = PAUSES, stage: Stage | None = None):
+    def __init__(
+        self,
+        manifest: Manifest,
+        pauses: tuple[float, ...] = PAUSES,
+        stage: Stage | None = None,
+        closing: threading.Event | None = None,
+    ):
         self.manifest = manifest
         self.pauses = pauses
         self.stage = stage
         self.storage = manifest.storage
-        self.closing = threading.Event()  # set: no more waiting between tries
+        self.closing = closing or threading.Event()  # set: no more waiting between tries
         self._header = lru_cache(maxsize=4096)(self._read_header)
 
     def read(self, segment: Segment, *, retry: bool = True) -> list[Stored]:
-        """The samples of a run of rows, in order: one read of the index, one of the tar. Never raises for bad files."""
+        """The samples of a run of rows, in order: one read of the index, one of the tar. Bad files make bad samples.
+
+        Where the storage itself fails, this waits for it; after PATIENCE seconds it raises UserError (status UNAVAILABLE).
+        """
+        samples, error = self._tried(segment, self.pauses if retry else ())
+        if error is None:
+            return samples
+        if not isinstance(error, (FileNotFoundError, EndsEarly)):
+            samples, error = self._when_it_answers(segment, samples, error)
+        if error is not None and segment.rows > 1 and self._in_part(error) and not self.closing.is_set():
+            rows = range(segment.first, segment.first + segment.rows)
+            return [self.read(Segment(segment.shard, row, 1), retry=False)[0] for row in rows]
+        return samples
+
+    def _when_it_answers(
+        self, segment: Segment, samples: list[Stored], error: OSError
+    ) -> tuple[list[Stored], OSError | None]:
+        """What a failed read gives when the storage gives anything at all: at once, where only this read fails."""
+        began, pause = time.monotonic(), max(self.pauses, default=0.1)
+        name, folder = self.manifest.shards[segment.shard].name, self.manifest.url or self.manifest.path
+        failing: OSError | None = error
+        while failing is not None and not self.closing.is_set():
+            if self._answers(segment.shard):
+                return self._tried(segment, ())  # it may have come back between the two
+            if (away := time.monotonic() - began) > PATIENCE:
+                raise UserError(
+                    f"{folder}: {name} cannot be read ({_text(failing)}), nor can the other shards, for {away:.0f} s now; "
+                    "launch again when the storage answers",
+                    UNAVAILABLE,
+                )
+            if failing is error:
+                log.warning("%s: %s, of other shards too; waiting for %s to come back", name, _text(error), folder)
+            self.closing.wait(pause)
+            pause = min(2 * pause, _LONGEST)
+            samples, failing = self._tried(segment, ())
+        return samples, failing
+
+    def _answers(self, shard: int) -> bool:
+        """Whether the storage gives anything: the ends of some other shards (nobody reads those, so no cache has them),
+        or a part of this one. That a file is not there, or is short, is an answer."""
+        shards = self.manifest.shards
+        others = [shards[(shard + i) % len(shards)] for i in range(1, min(4, len(shards)))]
+        places = [(other.name, other.bytes - BLOCK) for other in others]
+        places += [(shards[shard].name, (shards[shard].bytes - BLOCK) * part // 2) for part in range(3)]
+        for name, start in places:
+            try:
+                self.storage.read(name, start, BLOCK)
+            except (FileNotFoundError, EndsEarly):
+                return True
+            except OSError:
+                continue
+            return True
+        return False
+
+    def _tried(self, segment: Segment, pauses: tuple[float, ...]) -> tuple[list[Stored], OSError | None]:
+        """The samples, bad ones where they cannot be had, and the failure of the storage that made them bad."""
         rows = range(segment.first, segment.first + segment.rows)
         name = self.manifest.shards[segment.shard].name
-        pauses = self.pauses if retry else ()
         try:
             index = self._again(lambda: self._index(segment), pauses)
         except (OSError, ValueError) as error:
             reason = f"index of {name}: {_text(error)}"
-            return [Stored(segment.shard, row, f"{name}:{row}", None, reason) for row in rows]
+            failed = error if isinstance(error, OSError) else None
+            return [Stored(segment.shard, row, f"{name}:{row}", None, reason) for row in rows], failed
         keys = [key.decode(errors="replace") for key in index["key"]]
         start = int(index["offset"].min())
         size = int((index["offset"] + index["size"]).max()) - start
         if start < 0 or index["size"].min() < 0 or size > self.manifest.shards[segment.shard].bytes:
-            return [Stored(segment.shard, r, k, None, f"index of {name}: damaged") for r, k in zip(rows, keys)]
+            return [Stored(segment.shard, r, k, None, f"index of {name}: damaged") for r, k in zip(rows, keys)], None
         try:
             content = self._again(lambda: self._bytes(segment.shard, name, start, size), pauses)
         except OSError as error:
-            if segment.rows > 1 and self._in_part(error):
-                return [self.read(Segment(segment.shard, row, 1), retry=False)[0] for row in rows]
-            return [Stored(segment.shard, row, key, None, f"{name}: {_text(error)}") for row, key in zip(rows, keys)]
+            reason = f"{name}: {_text(error)}"
+            return [Stored(segment.shard, row, key, None, reason) for row, key in zip(rows, keys)], error
         result = []
         for row, key, offset, length in zip(rows, keys, index["offset"] - start, index["size"]):
             # A copy, so that the window's buffer goes and a sample's bytes go when the sample is taken.
             jpeg = np.frombuffer(content, np.uint8, int(length), int(offset)).copy()
             result.append(Stored(segment.shard, row, key, jpeg))
-        return result
+        return result, None
 
     def _in_part(self, error: OSError) -> bool:
         """Whether only some rows may be lost: one sector, or the tail of the file. A server fails as a whole."""
@@ -176,7 +244,8 @@ class Reader:
     """The samples of rank `rank` of `world_size`, from the global position `start` (a multiple of the batch) on.
 
     ahead: how many samples of the rank beyond the last one taken are in sight of the reading threads. stage: copies to
-    read from, told how far the reading has come; it is closed by its owner.
+    read from, told how far the reading has come; it is closed by its owner. closing: set by others, from any thread, it
+    ends all waiting for the storage.
     """
 
     def __init__(
@@ -190,8 +259,9 @@ class Reader:
         ahead: int = 512,
         pauses: tuple[float, ...] = PAUSES,
         stage: Stage | None = None,
+        closing: threading.Event | None = None,
     ):
-        self.files = ShardFiles(manifest, pauses, stage)
+        self.files = ShardFiles(manifest, pauses, stage, closing)
         self._stage = stage
         self.order = order
         self._position, self._stride = start + rank, world_size  # of the next sample to plan

@@ -1,7 +1,8 @@
 /* Storage that misbehaves, for LD_PRELOAD: faults in reads of files whose path contains FAULT_PATH.
    FAULT_FIRST=1       the first read at each offset fails with EIO, the second works
    FAULT_STALL=S       the FAULT_STALL_AT-th read (1 without it) takes S seconds longer
-   FAULT_BAD=LOW-HIGH  reads that touch these bytes of the file fail with EIO, always */
+   FAULT_BAD=LOW-HIGH  reads that touch these bytes of the file fail with EIO, always
+   FAULT_WHILE=FILE    all reads fail with EIO as long as this file is there */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -31,6 +32,7 @@ static int concerns(int fd, unsigned long *file) {
 
 static int fails(unsigned long file, off_t offset, size_t size) {
     const char *bad = getenv("FAULT_BAD"), *stall = getenv("FAULT_STALL"), *at = getenv("FAULT_STALL_AT");
+    const char *away = getenv("FAULT_WHILE");
     long low, high;
     int failing = 0, slow = 0;
     pthread_mutex_lock(&lock);
@@ -43,7 +45,7 @@ static int fails(unsigned long file, off_t offset, size_t size) {
     pthread_mutex_unlock(&lock);
     if (slow) usleep((useconds_t)(atof(stall) * 1e6));
     if (bad && sscanf(bad, "%ld-%ld", &low, &high) == 2 && offset < high && offset + (off_t)size > low) failing = 1;
-    return failing;
+    return failing || (away && !access(away, F_OK));
 }
 
 ssize_t pread64(int fd, void *buffer, size_t size, off_t offset) {

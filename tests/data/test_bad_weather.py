@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from data_shards import damage
 
 from mcf.config import DataConfig
 from mcf.data.loader import Loader
+from mcf.exits import UNAVAILABLE
 
 HERE = Path(__file__).parent
 COUNTS = (30, 17, 44, 25)
@@ -93,6 +95,57 @@ def test_a_stall_of_20_seconds_changes_nothing_and_is_said(folder, clean, faults
     assert now["found"] == clean["found"] and now["bad"] == []
     assert now["seconds"] > 19
     assert "still waiting for the storage to read from shard-0000" in said
+
+
+def test_storage_that_is_away_for_8_seconds_makes_no_sample_bad(folder, clean, faults, tmp_path):
+    away = tmp_path / "away"
+    away.touch()
+    process = start(folder, faults, {"FAULT_PATH": "shard-", "FAULT_WHILE": str(away)})
+    time.sleep(8)
+    away.unlink()
+    now, said = ended(process)
+    assert now["found"] == clean["found"] and now["bad"] == []
+    assert "Input/output error, of other shards too; waiting for" in said
+
+
+def test_storage_that_goes_in_between_makes_no_sample_bad(folder, clean, faults, tmp_path):
+    """With a JPEG that is bad for good, whose stand-in is looked for meanwhile: it stays the nearest."""
+    damage(folder, 2, 20, b"\0" * 200)
+    away = tmp_path / "away"
+    env = {"FAULT_PATH": "shard-", "FAULT_WHILE": str(away)}
+    process = start(folder, faults, env, samples=16 * SAMPLES)
+    for _ in range(20):
+        time.sleep(0.15)
+        away.touch()
+        time.sleep(0.15)
+        away.unlink()
+    now, _ = ended(process)
+    assert [item[:2] for item in now["found"][:SAMPLES]] == [item[:2] for item in clean["found"]]
+    assert now["bad"] and {(item[2], item[4]) for item in now["bad"]} == {("s2r20", "s2r21")}
+
+
+def test_storage_that_stays_away_ends_the_run_to_be_started_again(folder, faults, tmp_path):
+    (tmp_path / "away").touch()
+    env = {"FAULT_PATH": "shard-", "FAULT_WHILE": str(tmp_path / "away")}
+    process = start(folder, faults, env, patience=1)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == UNAVAILABLE
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"error: {folder}: shard-0000") and "launch again when the storage answers" in last
+
+
+def test_a_process_that_waits_for_its_storage_ends_when_it_is_told_to(folder, faults, tmp_path):
+    (tmp_path / "away").touch()
+    process = start(folder, faults, {"FAULT_PATH": "shard-", "FAULT_WHILE": str(tmp_path / "away")})
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(8)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - began < 5 and said.splitlines()[-1] == "KeyboardInterrupt", said
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -13,9 +13,11 @@ import time
 import pytest
 from test_staging import make, read
 
+from mcf.data import reader
 from mcf.data.shards import load_manifest, sight
 from mcf.data.storage import storage_of
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 BUCKETS = itertools.count()
 
@@ -113,15 +115,17 @@ def test_a_bucket_can_be_staged(folder, s3, tmp_path):
     assert loader.take_bad() == []
 
 
-def test_a_bucket_that_goes_away_makes_bad_samples_and_then_one_line(s3):
+def test_a_bucket_that_stays_away_is_one_line(s3, monkeypatch):
+    monkeypatch.setattr(reader, "PATIENCE", 1.0)
     url, server = s3
     loader = make(url, max_bad=0.05)
     batches = iter(loader)
     next(batches)
     server.stop()
-    with pytest.raises(UserError, match=r"could not be read|unreadable"):
+    with pytest.raises(UserError, match=rf"{url}: shard-0000\d\.tar cannot be read .* launch again") as caught:
         for _ in range(200):
             next(batches)
+    assert caught.value.status == UNAVAILABLE and loader.take_bad() == []
     loader.close()
 
 
