@@ -274,11 +274,23 @@ class _Producer:
             try:
                 return self.decoder.wait()
             except Undecodable as error:
-                reasons = error.reasons
+                reasons = self._at_the_source(work, error.reasons, reader)
             for i, reason in reasons.items():
                 self.undecodable[work.samples[i].stored.shard, work.samples[i].stored.row] = reason
             self._replace(work, reasons, reader)
             self.decoder.begin(work.jpegs, work.mirror)  # type: ignore[arg-type]
+
+    def _at_the_source(self, work: _Work, reasons: dict[int, str], reader: Reader) -> dict[int, str]:
+        """What is undecodable for another reason than a damaged copy; what its source has takes the place of the copy's."""
+        found = {}
+        for i, reason in reasons.items():
+            again = reader.from_source(work.samples[i].stored)
+            if again is not None:
+                work.samples[i] = Sample(work.samples[i].position, again)
+                work.jpegs[i], reason = again.jpeg, again.error or ""
+            if reason:
+                found[i] = reason
+        return found
 
     def _batch(self, work: _Work, decoded: Decoded) -> Batch:
         keys = [sample.stored.key for sample in work.samples]

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import numpy as np
 from mcf.data.order import Order, Segment
 from mcf.data.shards import Manifest, index_path
 from mcf.data.staging import Stage
-from mcf.data.storage import EndsEarly
+from mcf.data.storage import EndsEarly, Storage
 from mcf.data.ustar import BLOCK
 from mcf.errors import UserError
 from mcf.exits import UNAVAILABLE
@@ -59,6 +59,7 @@ class Stored:
     key: str
     jpeg: np.ndarray | None
     error: str | None = None
+    staged: bool = False  # read from a staged copy, which may have been damaged since it was made
 
 
 class Sample(NamedTuple):
@@ -85,19 +86,25 @@ class ShardFiles:
         self.closing = closing or threading.Event()  # set: no more waiting between tries
         self._header = lru_cache(maxsize=4096)(self._read_header)
 
-    def read(self, segment: Segment, *, retry: bool = True) -> list[Stored]:
+    def read(self, segment: Segment, *, retry: bool = True, staged: bool = True) -> list[Stored]:
         """The samples of a run of rows, in order: one read of the index, one of the tar. Bad files make bad samples.
 
         Where the storage itself fails, this waits for it; after PATIENCE seconds it raises UserError (status UNAVAILABLE).
+        staged: from the staged copy, if there is one from which all of them can be had.
         """
-        samples, error = self._tried(segment, self.pauses if retry else ())
+        if staged and self.stage is not None and (copy := self.stage.use(segment.shard)) is not self.storage:
+            samples, _ = self._tried(segment, (), copy)
+            if all(sample.jpeg is not None for sample in samples):
+                return [replace(sample, staged=True) for sample in samples]
+            self.stage.forget(segment.shard)
+        samples, error = self._tried(segment, self.pauses if retry else (), self.storage)
         if error is None:
             return samples
         if not isinstance(error, (FileNotFoundError, EndsEarly)):
             samples, error = self._when_it_answers(segment, samples, error)
         if error is not None and segment.rows > 1 and self._in_part(error) and not self.closing.is_set():
             rows = range(segment.first, segment.first + segment.rows)
-            return [self.read(Segment(segment.shard, row, 1), retry=False)[0] for row in rows]
+            return [self.read(Segment(segment.shard, row, 1), retry=False, staged=False)[0] for row in rows]
         return samples
 
     def _when_it_answers(
@@ -109,7 +116,7 @@ class ShardFiles:
         failing: OSError | None = error
         while failing is not None and not self.closing.is_set():
             if self._answers(segment.shard):
-                return self._tried(segment, ())  # it may have come back between the two
+                return self._tried(segment, (), self.storage)  # it may have come back between the two
             if (away := time.monotonic() - began) > PATIENCE:
                 raise UserError(
                     f"{folder}: {name} cannot be read ({_text(failing)}), nor can the other shards, for {away:.0f} s now; "
@@ -120,7 +127,7 @@ class ShardFiles:
                 log.warning("%s: %s, of other shards too; waiting for %s to come back", name, _text(error), folder)
             self.closing.wait(pause)
             pause = min(2 * pause, _LONGEST)
-            samples, failing = self._tried(segment, ())
+            samples, failing = self._tried(segment, (), self.storage)
         return samples, failing
 
     def _answers(self, shard: int) -> bool:
@@ -140,12 +147,14 @@ class ShardFiles:
             return True
         return False
 
-    def _tried(self, segment: Segment, pauses: tuple[float, ...]) -> tuple[list[Stored], OSError | None]:
+    def _tried(
+        self, segment: Segment, pauses: tuple[float, ...], source: Storage
+    ) -> tuple[list[Stored], OSError | None]:
         """The samples, bad ones where they cannot be had, and the failure of the storage that made them bad."""
         rows = range(segment.first, segment.first + segment.rows)
         name = self.manifest.shards[segment.shard].name
         try:
-            index = self._again(lambda: self._index(segment), pauses)
+            index = self._again(lambda: self._index(segment, source), pauses)
         except (OSError, ValueError) as error:
             reason = f"index of {name}: {_text(error)}"
             failed = error if isinstance(error, OSError) else None
@@ -156,7 +165,7 @@ class ShardFiles:
         if start < 0 or index["size"].min() < 0 or size > self.manifest.shards[segment.shard].bytes:
             return [Stored(segment.shard, r, k, None, f"index of {name}: damaged") for r, k in zip(rows, keys)], None
         try:
-            content = self._again(lambda: self._bytes(segment.shard, name, start, size), pauses)
+            content = self._again(lambda: source.read(name, start, size), pauses)
         except OSError as error:
             reason = f"{name}: {_text(error)}"
             return [Stored(segment.shard, row, key, None, reason) for row, key in zip(rows, keys)], error
@@ -180,26 +189,26 @@ class ShardFiles:
         self.closing.wait(pauses[0])
         return self._again(read, pauses[1:])
 
-    def _index(self, segment: Segment) -> np.ndarray:
+    def _index(self, segment: Segment, source: Storage) -> np.ndarray:
         """Rows of an index. Read, not mapped: a mapped file that shrinks or goes stale kills the process (SIGBUS)."""
-        dtype, data, rows = self._header(segment.shard)
+        dtype, data, rows = self._header(segment.shard, source)
         expected = self.manifest.shards[segment.shard].samples
         if rows != expected:
             raise ValueError(f"{rows} rows of {dtype}, the manifest says {expected} samples")
         start, size = data + segment.first * dtype.itemsize, segment.rows * dtype.itemsize
-        return np.frombuffer(self._bytes(segment.shard, self._index_name(segment.shard), start, size), dtype)
+        return np.frombuffer(source.read(self._index_name(segment.shard), start, size), dtype)
 
-    def _read_header(self, shard: int) -> tuple[np.dtype, int, int]:
+    def _read_header(self, shard: int, source: Storage) -> tuple[np.dtype, int, int]:
         """dtype, offset of the first row in the file, and number of rows."""
         name = self._index_name(shard)
-        major, _ = np.lib.format.read_magic(io.BytesIO(self._bytes(shard, name, 0, np.lib.format.MAGIC_LEN)))
+        major, _ = np.lib.format.read_magic(io.BytesIO(source.read(name, 0, np.lib.format.MAGIC_LEN)))
         width = 2 if major == 1 else 4  # bytes of the header's length
         begin = np.lib.format.MAGIC_LEN + width
-        length = int.from_bytes(self._bytes(shard, name, np.lib.format.MAGIC_LEN, width), "little")
+        length = int.from_bytes(source.read(name, np.lib.format.MAGIC_LEN, width), "little")
         if length > 1 << 16:
             raise ValueError(f"a header of {length} bytes")
         # From the start, where a read has just gone well: each new place of a file may fail anew.
-        header = self._bytes(shard, name, 0, begin + length)[begin:]
+        header = source.read(name, 0, begin + length)[begin:]
         # Not by NumPy, which has Python's parser do it: of CPython 3.11 that fails now and then where other threads parse
         # or import at the same time ("SystemError: AST constructor recursion depth mismatch").
         if not (found := _HEADER.fullmatch(header)):
@@ -209,15 +218,6 @@ class ShardFiles:
 
     def _index_name(self, shard: int) -> str:
         return index_path(Path(self.manifest.shards[shard].name)).name
-
-    def _bytes(self, shard: int, name: str, start: int, size: int) -> bytes:
-        """Bytes of a file of a shard, from its staged copy if there is one that can be read."""
-        if self.stage is not None and (staged := self.stage.use(shard)) is not self.storage:
-            try:
-                return staged.read(name, start, size)
-            except OSError:
-                self.stage.forget(shard)
-        return self.storage.read(name, start, size)
 
 
 def _text(error: Exception) -> str:
@@ -282,7 +282,7 @@ class Reader:
         """Readable samples that may stand in for a bad one: those after it in its shard, then the starts of the next.
 
         It depends on the bad sample's place alone, so the stand-in is the same on any number of ranks and in any
-        micro-batch. At most `limit` candidates are looked at, few where each may be a server's time-out.
+        micro-batch, whatever is staged. At most `limit` candidates are looked at, few where each may be a server's time-out.
         """
         limit = min(limit, _FEW) if self.files.manifest.url else limit
         counts = self.order.counts
@@ -290,9 +290,16 @@ class Reader:
         others = ((shard + i) % len(counts) for i in range(1, len(counts)))
         rows += [(other, 0) for other in others if counts[other]][: limit - len(rows)]
         for candidate_shard, candidate_row in rows:
-            (stored,) = self.files.read(Segment(candidate_shard, candidate_row, 1), retry=False)
+            (stored,) = self.files.read(Segment(candidate_shard, candidate_row, 1), retry=False, staged=False)
             if stored.jpeg is not None:
                 yield stored
+
+    def from_source(self, stored: Stored) -> Stored | None:
+        """A sample that came from a staged copy, which is used no longer, read again; None if it came from the source."""
+        if not stored.staged or self._stage is None:
+            return None
+        self._stage.forget(stored.shard)
+        return self.files.read(Segment(stored.shard, stored.row, 1), staged=False)[0]
 
     def close(self) -> None:
         """End the threads; reads that have not begun are dropped."""

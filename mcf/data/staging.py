@@ -122,20 +122,36 @@ class Stage:
         return not self._closing.wait(_WAIT)
 
     def _take_stock(self) -> None:
-        """Copies of an earlier run that are whole are there; all else goes."""
+        """Copies of an earlier run that are what the manifest says are there, with indices copied anew; all else goes."""
         numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         for file in sorted(self.folder.iterdir()):
+            if self._closing.is_set():
+                return
             number = numbers.get(file.name)
-            if (
-                number is not None
-                and file.stat().st_size == self.manifest.shards[number].bytes
-                and index_path(file).exists()
-            ):
+            if number is not None and self._is_whole(number, file) and self._index_again(number):
                 self._there[number] = file.stat().st_size + index_path(file).stat().st_size
             elif not file.name.endswith(".index.npy") or file.with_name(file.name[:-10] + ".tar").name not in numbers:
                 file.unlink()
         while sum(self._there.values()) > self.budget:
             self._delete(next(iter(self._there)))
+
+    def _is_whole(self, shard: int, tar: Path) -> bool:
+        wanted = self.manifest.shards[shard]
+        return tar.stat().st_size == wanted.bytes and _sha256(tar) == wanted.sha256
+
+    def _index_again(self, shard: int) -> bool:
+        """Copy the index of a shard, of which the manifest has no checksum; whether that could be done."""
+        file = index_path(self.folder / self.manifest.shards[shard].name)
+        temporary = file.with_name(f"{file.name}.tmp")
+        try:
+            self.source.fetch(file.name, temporary)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if self._full(error):
+                raise
+            return False
+        temporary.replace(file)
+        return True
 
     def _make_room(self, size: int) -> bool:
         """Delete copies that are read up until there is room; False if what is there is still needed."""

@@ -6,6 +6,7 @@ Both give bytes of a file from a place on, raise OSError for whatever goes wrong
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ class EndsEarly(OSError):
         super().__init__(f"file ends {missing} bytes early")
 
 
-class Storage(Protocol):
+class Storage(Hashable, Protocol):
     """Files of one folder by their names."""
 
     def read(self, name: str, start: int, size: int) -> bytes:

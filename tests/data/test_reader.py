@@ -48,7 +48,7 @@ def test_the_header_of_an_index_is_read_as_numpy_reads_it(shards):
     files = ShardFiles(load_manifest(shards(13, 5)))
     for shard in range(2):
         rows = files.manifest.index(shard)
-        dtype, data, count = files._read_header(shard)
+        dtype, data, count = files._read_header(shard, files.storage)
         assert (dtype, count) == (rows.dtype, len(rows)) and data == rows.offset
 
 
