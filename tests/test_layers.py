@@ -28,6 +28,7 @@ ARROWS = {
     "mcf.__main__": {"mcf.cli"},
     # What needs nothing but itself.
     "mcf.errors": set(),
+    "mcf.mode": set(),
     "mcf.config": {"mcf.errors"},
     "mcf.kernels": set(),
     "mcf.schedule": {"mcf.config"},
@@ -75,7 +76,7 @@ ARROWS = {
     "mcf.attention_table": {"mcf.errors", "mcf.processor"},
     "mcf.attention": {"mcf.attention_table", "mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.sharding"},
-    "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors"},
+    "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors", "mcf.mode"},
     "mcf.track": {"mcf.config", "mcf.errors"},
     "mcf.rendezvous": {"mcf.errors"},
     "mcf.distributed": {"mcf.errors", "mcf.exits", "mcf.rendezvous"},

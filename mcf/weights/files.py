@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcf.errors import UserError
+from mcf.mode import as_umask_asks
 
 # Training scripts keep their command line beside the weights. A namespace is data: opening one runs nothing.
 HARMLESS: list[Callable | tuple[Callable, str]] = [argparse.Namespace]
@@ -72,6 +73,8 @@ def read(path: str | Path, *, where: str, trust: bool = False) -> WeightFile:
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors under their names, whole or not at all: safetensors, or a flat PyTorch dict for .pth and .pt.
 
+    Its mode is the one that umask asks for, whichever of the two it is.
+
     Raises UserError if the folder is missing or the disk is full.
     """
     file = Path(path)
@@ -85,7 +88,8 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         if file.suffix in (".pth", ".pt"):
             torch.save(content, temporary)
         else:
-            save_file(content, temporary, metadata={"format": "pt", **metadata})
+            with as_umask_asks(temporary):
+                save_file(content, temporary, metadata={"format": "pt", **metadata})
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         temporary.replace(file)

@@ -40,6 +40,18 @@ def test_both_formats_come_back_as_they_went(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w.pth", "w.safetensors"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_umask_says_who_may_read_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        for name in ("w.safetensors", "w.pth"):
+            files.write(tmp_path / name, {"a": torch.ones(1)}, {})
+        files.write(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {})  # over one that is there
+    finally:
+        os.umask(before)
+    assert [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()] == [mode, mode]
+
+
 def test_views_are_written_whole(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     files.write(tmp_path / "w.safetensors", {"t": whole.mT, "again": whole}, {})
