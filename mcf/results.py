@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from mcf.track.jsonl import EVENTS, read
 
 if TYPE_CHECKING:
     from mcf.downstream.datasets import FaceSet
+    from mcf.downstream.datasets.faceset import Task
 
 SHARES = (1.0, 0.7)  # sides of the crops, of the shorter side: in the middle of a picture faces come in several sizes
 INITIALISATIONS = {"random": "random", "mae": "MAE: pixel loss alone", "mcf": "MCF: the method"}
@@ -110,16 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     """The verb."""
     config = cli.parse(ResultsConfig, sys.argv[1:] if argv is None else argv, verb="results")
     out = Path(config.out).absolute()
-    claim(out, config)
-    # torch comes with them: help and refusals need not wait for it.
-    from mcf.downstream.datasets import open_faces
-
-    sets = [
-        open_faces("alignment", config.alignment_set, config.alignment),
-        open_faces("parsing", config.parsing_set, config.parsing),
-    ]
+    jobs = jobs_of(out, config)
+    for job in jobs:
+        check(job, config)
+    sets = [faces_of(config, "alignment"), faces_of(config, "parsing")]
+    claim(out, config)  # last: a key that was refused may be mended
     pack(out, sets, config.size)
-    run_all(out, jobs_of(out, config), config.jobs)
+    run_all(out, jobs, config.jobs)
     results = collect(out, config.seeds)
     with (out / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -131,11 +130,47 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check(job: Job, config: ResultsConfig) -> None:
+    """Read the keys of a run as its verb will; UserError for one that it would refuse before it looks at data."""
+    from mcf.downstream.config import FinetuneConfig
+
+    try:
+        if job.verb == "train":
+            cli.load_recipe(list(job.arguments), verb="mcf.train")
+        else:
+            cli.parse(FinetuneConfig, list(job.arguments), verb="mcf.finetune")
+    except UserError as error:
+        raise UserError(f"{job.verb}={getattr(config, job.verb)!r}: {error}") from None
+
+
+def faces_of(config: ResultsConfig, task: Task) -> FaceSet:
+    """The faces of a task, checked; UserError in this verb's keys."""
+    # torch comes with them: help and refusals need not wait for it.
+    from mcf.downstream.datasets import open_faces
+
+    dataset, data = {
+        "alignment": (config.alignment_set, config.alignment),
+        "parsing": (config.parsing_set, config.parsing),
+    }[task]
+    try:
+        return open_faces(task, dataset, data)
+    except UserError as error:
+        # Readers of data sets speak of mcf.finetune's keys: data, dataset, task.
+        ours = re.sub(r"(?<!\S)data(set)?=", lambda found: f"{task}{'_set' if found[1] else ''}=", str(error))
+        raise UserError(re.sub(r"\btask=(?=alignment|parsing)", "", ours)) from None
+
+
 def claim(out: Path, config: ResultsConfig) -> None:
-    """Note the keys in the folder; UserError if it holds results of others."""
-    note = out / "keys.json"
-    if note.is_file():
-        old, new = json.loads(note.read_text()), config.decisive()
+    """Note the keys in the folder; UserError if something in it was made with others."""
+    note, new = out / "keys.json", config.decisive()
+    if note.is_file() and any((out / made).exists() for made in ("crops", "runs")):
+        try:
+            old = dict(json.loads(note.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{note}: cannot be read, so nobody knows with which keys the rest was made; give another out=, or remove "
+                "this file if they are the same"
+            ) from None
         if differing := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
             name = differing[0]
             raise UserError(
@@ -144,7 +179,9 @@ def claim(out: Path, config: ResultsConfig) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(config.decisive(), indent=1) + "\n")
+    half = note.with_name(f"{note.name}.tmp")
+    half.write_text(json.dumps(new, indent=1) + "\n")
+    half.replace(note)
 
 
 # --- pictures without labels ----------------------------------------------------------------------------------------
@@ -289,7 +326,7 @@ def call(out: Path, job: Job) -> None:
     if status:
         last = (log.read_text(errors="replace").splitlines() or ["nothing"])[-1]
         raise UserError(
-            f"{log}: {job.name} ended with status {status} ({last}); mend that, and start again: it goes on"
+            f"{log}: {job.name} ended with status {status} ({last}); mend that, and start again: with the same keys it goes on"
         )
 
 

@@ -197,3 +197,51 @@ def test_squares_are_the_middle_of_a_picture_in_two_sizes(tmp_path):
     whole, close = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "crops").iterdir()))
     np.testing.assert_array_equal(whole, pixels[:, 20:100])
     assert close.shape == (80, 80, 3) and close.min() == 255
+
+
+@pytest.fixture
+def kept(drawn, tmp_path, monkeypatch) -> list[str]:
+    """Keys of a call that ends where packing would begin."""
+    monkeypatch.setattr(results, "pack", lambda *_: (_ for _ in ()).throw(UserError("packed")))
+    return [f"alignment={drawn}", f"parsing={drawn}", f"out={tmp_path / 'out'}", *SMALL[:2]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("alignment=nowhere/drawm", r"error: alignment=nowhere/drawm: no such folder; alignment_set=faces expects images/"),
+        ("parsing=nowhere/data=2", r"error: parsing=nowhere/data=2: no such folder; parsing_set=faces expects images/"),
+        ("alignment_set=lapa", r"error: alignment_set=lapa: no set of alignment \(it is a set of parsing\); there are: "),
+        ("train=bogus=1", r"error: train='bogus=1': mcf\.train: bogus=1: unknown key"),
+        ("train=batch=16 model.width=130", r"error: train='batch=16 model\.width=130': .*model\.width=130"),
+        ("finetune=head.chanels=8", r"error: finetune='head\.chanels=8': mcf\.finetune: head\.chanels=8: unknown key.*head\.channels"),
+        ("finetune=batch=no", r"error: finetune='batch=no': .*batch=no"),
+    ],
+)  # fmt: skip
+def test_a_typo_is_one_line_in_the_keys_of_this_verb_and_can_be_mended(kept, tmp_path, capsys, wrong, said):
+    name = wrong.partition("=")[0]
+    assert results.main([*(key for key in kept if not key.startswith(f"{name}=")), wrong]) == 2
+    error = capsys.readouterr().err
+    assert re.match(said, error) and error.count("\n") == 1, error
+    assert results.main(kept) == 2
+    assert capsys.readouterr().err == "error: packed\n"
+
+
+def test_keys_are_anothers_only_where_something_was_made_with_them(kept, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert results.main([*kept, "steps=4"]) == results.main([*kept, "steps=6"]) == 2
+    assert capsys.readouterr().err == 2 * "error: packed\n"
+    (out / "crops").mkdir()
+    assert results.main([*kept, "steps=4"]) == 2
+    assert "holds results of other keys (steps=6, now 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", '{"steps": 6, "si', "[1]", "7"])
+def test_keys_that_were_written_in_half_are_one_line(kept, tmp_path, capsys, content):
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/keys.json").write_text(content)
+    assert results.main(kept) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: \S+out/keys\.json: cannot be read, .*; give another out=, or remove this file .*\n", error
+    )
