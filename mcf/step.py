@@ -12,6 +12,7 @@ can be held against the whole effective batch, and accumulation changes nothing 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +44,7 @@ log = logging.getLogger(__name__)
 class Outcome:
     """What became of a step: whether it was applied, the gradient's norm, whether to stop, and this rank's part of the rest.
 
-    terms: named loss terms and statistics of each micro-batch. keys: of the samples. picture: images uint8 [b, H, W, 3],
-    mask bool [b, L] and pred [b, L, P·P·3] of the last micro-batch.
+    terms: named loss terms and statistics of each micro-batch. keys: of the samples. draw: makes the picture's parts.
     """
 
     applied: bool = False
@@ -52,7 +52,15 @@ class Outcome:
     stop: bool = False
     terms: list[dict[str, Tensor]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    picture: tuple[Tensor, ...] = ()
+    draw: Callable[[], tuple[Tensor, ...]] = tuple
+
+    @property
+    def picture(self) -> tuple[Tensor, ...]:
+        """Of the last micro-batch: images uint8 [b, H, W, 3], mask bool [b, L], pred [b, L, P·P·3] in ImageNet's units.
+
+        Worked out when it is asked for: few steps are drawn.
+        """
+        return self.draw()
 
 
 class Step:
@@ -140,7 +148,7 @@ class Step:
                 finite &= terms["total"].detach().isfinite()
                 outcome.terms.append({name: value.detach() for name, value in terms.items()})
                 outcome.keys += batch.keys
-                outcome.picture = batch.images, mask, pred.detach()
+                outcome.draw = functools.partial(self.objective.picture, batch.images, mask, pred.detach())
 
         self.mark("step")
         result = self.engine.step(self.learning_rate_at(step), finite=finite, stop=stop())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -22,8 +23,10 @@ from mcf.data.loader import Batch
 from mcf.data.order import Order
 from mcf.errors import UserError
 from mcf.kernels import dispatch
+from mcf.models.patches import normalise, patchify
 from mcf.plan import make_plan
 from mcf.step import Outcome, Step
+from mcf.track.images import to_pixels, unpatchify
 from mcf.train import Training
 from mcf.weights import load_teacher
 
@@ -219,6 +222,35 @@ def test_keys_are_gathered_behind_the_way_forward(world, monkeypatch):
     step.objective.register_forward_pre_hook(lambda *_: told.append("loss"))
     assert step(0, batches(0)).applied
     assert told == ["gather", "forward", "ask", "loss"] * (BATCH // MICRO)
+
+
+# ------------------------------------------------------------------------------------------------------ its picture
+
+
+def test_a_prediction_that_is_the_target_is_drawn_as_the_image(world):
+    """Where the pixel loss holds it against normalised patches; beside a teacher it is drawn as the teacher sees it."""
+    pixels = {"loss__pixel": 1, "loss__pixel_normalise": True}
+    step = build(world, teacher__source="none", loss__feature=0, loss__contrast=0, **pixels)
+    chunk = list(batches(0))
+    made = iter(chunk)
+
+    def target(_module, _inputs, out):
+        patches = patchify(normalise(next(made).images), step.objective.patch_size)
+        normalised = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+        return out[0] * 0 + normalised, out[1]
+
+    step.engine.module.register_forward_hook(target)
+    outcome = step(0, iter(chunk))
+    assert [terms["pixel"] for terms in numbers(outcome)] == pytest.approx([0, 0], abs=1e-10)
+    images, mask, pred = outcome.picture
+    assert torch.equal(images, chunk[-1].images)
+    assert mask.shape == pred.shape[:2]
+    drawn = to_pixels(unpatchify(pred.numpy(), step.objective.patch_size, tiny.SIZE, tiny.SIZE))
+    assert np.array_equal(drawn, images.numpy())  # rounding to whole pixels absorbs the error of float32
+
+    taught, seen = build(world, **pixels), []
+    taught.engine.module.register_forward_hook(lambda _m, _i, out: seen.append(out[0].detach()))
+    assert torch.equal(taught(0, batches(0)).picture[2], seen[-1])
 
 
 # --------------------------------------------------------------------------------------------------- in a whole run

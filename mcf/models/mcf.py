@@ -154,6 +154,17 @@ class Objective(nn.Module):
         spreads = {"query_std": spread(queries), "key_std": spread(keys.detach().float().flatten(0, -2))}
         return {**terms, **dict(zip(InfoNCE._fields[1:], statistics)), **spreads}
 
+    def picture(self, images: Tensor, mask: Tensor, pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, mask and prediction [B, L, P·P·3] as they can be looked at: in ImageNet-normalised units.
+
+        A normalised pixel target alone leaves each patch's mean and spread open; they are the image's own then, as where
+        MAE shows its reconstructions. With a teacher beside it, the prediction is shown as the teacher sees it.
+        """
+        if not self.loss.pixel_normalise or self.teacher is not None:
+            return images, mask, pred
+        mean, deviation = patch_units(patchify(normalise(images), self.patch_size))
+        return images, mask, pred.float() * deviation + mean
+
     def feature(self, images: Tensor, pred: Tensor) -> Tensor:
         """Feature loss, summed over the taps: the teacher on the pseudo image against the teacher on the image."""
         assert self.teacher is not None
@@ -176,10 +187,16 @@ def pixel_loss(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int, norm
     with torch.autocast(images.device.type, enabled=False):
         target = patchify(normalise(images), patch_size)
         if normalised:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
+            mean, deviation = patch_units(target)
+            target = (target - mean) / deviation
         weight = mask.to(torch.float32)
         return ((pred.float() - target).square().mean(dim=-1) * weight).sum() / weight.sum().clamp(min=1)
+
+
+def patch_units(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (ε 1e-6) of each patch of [B, L, P·P·3], as [B, L, 1]: MAE's units of a patch."""
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
 
 
 def spread(vectors: Tensor) -> Tensor:
