@@ -6,6 +6,7 @@ values = parse("mcf.kernels.bench", "what it does", {"op": ("all", "the operatio
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Mapping
 
@@ -27,6 +28,8 @@ def parse(verb: str, does: str, keys: Mapping[str, tuple[str, str]], argv: list[
         ArgumentError: a word that is no key=value, an unknown key, or one that is given twice.
         SystemExit: help was asked for, and is printed.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal has no letter for becomes `?`
     if any(word in ("-h", "--help", "help") for word in argv):
         print(f"{verb}: {does}\n\nusage: python -m {verb} key=value …\n")
         print("\n".join(f"  {key}={default or '…':12} {meaning}" for key, (default, meaning) in keys.items()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import shutil
 import sys
@@ -64,7 +65,7 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def wrapped(argv: list[str] | None = None) -> int:
-        _open_closed_streams()
+        _look_after_streams()
         try:
             _check_directory()
             return function(sys.argv[1:] if argv is None else argv) or 0
@@ -143,11 +144,13 @@ def _check_directory() -> None:
         raise UserError("the current directory has been deleted; change into another one") from None
 
 
-def _open_closed_streams() -> None:
-    """Streams that the caller has closed (`>&-`) are None in Python, and nobody expects that."""
+def _look_after_streams() -> None:
+    """Streams that the caller has closed (`>&-`) are None in Python; what a terminal has no letter for becomes `?`."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # stderr escapes such letters by itself
 
 
 class _RecipeOnly(BaseModel):

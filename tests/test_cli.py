@@ -312,6 +312,19 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["mcf", "mcf.launch --help", "mcf.launch recipe=demo data.samples=99 mode=print", "mcf.kernels.aot --help"],
+)
+def test_a_terminal_without_some_letter_is_shown_the_rest(words):
+    command = [sys.executable, "-m", *words.split()]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout  # one of … → ≈
+    text = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True).stdout.decode()
+    assert done.stdout.decode("latin-1") == text.encode("latin-1", errors="replace").decode("latin-1")
+
+
 def test_mcf_alone_lists_every_verb_there_is():
     done = subprocess.run([sys.executable, "-m", "mcf"], capture_output=True, text=True, check=True)
     root = Path(cli.__file__).parent

@@ -254,7 +254,7 @@ def _write(rows: list[Row], machine: Machine, out: Path) -> None:
     where = f"{machine.device}, driver {machine.driver or '–'}, torch {machine.torch}, triton {machine.triton or '–'}"
     head = f"{warning}{where}; commit {machine.commit}, source {machine.source}, {machine.date}."
     write_csv(out / "bench.csv", rows, machine)
-    (out / "bench.md").write_text(f"{head}\n\n{markdown(rows)}\n\n{_summary(rows, machine)}\n")
+    (out / "bench.md").write_text(f"{head}\n\n{markdown(rows)}\n\n{_summary(rows, machine)}\n", encoding="utf-8")
 
 
 def _plot(rows: list[Row], machine: Machine, out: Path) -> None:

@@ -136,7 +136,7 @@ class Check:
         """Keep a line for the summary, and whether the whole fails by it."""
         self.failed = self.failed or not passed
         self.lines.append(line)
-        (self.out / "summary.txt").write_text("\n".join(self.lines) + "\n")
+        (self.out / "summary.txt").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
         print(f"gpu-check: {line}", flush=True)
 
 
@@ -205,7 +205,7 @@ def _parts(check: Check) -> None:
     gpu = "no CUDA device" not in there
     if gpu:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
-        (check.out / "machine.txt").write_text(there + (smi.stdout if smi else ""))
+        (check.out / "machine.txt").write_text(there + (smi.stdout if smi else ""), encoding="utf-8")
         if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
             check.say("Triton needs a C compiler to launch kernels: install gcc, or name one with CC=…", False)
             return

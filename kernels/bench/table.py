@@ -84,7 +84,7 @@ class Row:
 def write_csv(path: Path, rows: list[Row], machine: Machine) -> None:
     """All rows, each with the machine."""
     names = [f.name for f in fields(Row)]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, "share", *(f.name for f in fields(Machine))])
         writer.writeheader()
         for row in rows:
@@ -103,7 +103,7 @@ def read_csv(path: Path) -> tuple[list[Row], Machine | None]:
             return None
         return int(text) if kinds[name] == "int" else float(text)
 
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     rows = [Row(**{name: value(name, line[name]) for name in kinds}) for line in table]  # type: ignore[arg-type]
     machine = Machine(**{f.name: table[0][f.name] for f in fields(Machine)}) if table else None
