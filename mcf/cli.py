@@ -25,7 +25,7 @@ from mcf import checks
 from mcf.config import Recipe
 from mcf.errors import UserError
 from mcf.keys import Key, dump, flatten, keys, render
-from mcf.settings import read_command_line, read_recipe, recipe_names, validate
+from mcf.settings import put_over, read_command_line, read_recipe, recipe_names, validate
 
 __all__ = ["dump", "flatten", "keys", "load", "load_recipe", "main", "parse", "recipe_names", "render", "wants_help"]
 
@@ -121,8 +121,8 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     settings = read_command_line(argv, known, verb)
     chosen = settings.pop("recipe", None)
     mine = {name: settings.pop(name) for name in list(settings) if name.partition(".")[0] in options.model_fields}
-    if chosen is not None and chosen.value:
-        settings = {**read_recipe(str(chosen.value)), **settings}
+    below = read_recipe(str(chosen.value)) if chosen is not None and chosen.value else {}
+    settings = put_over(below, settings)
     own_values = validate(options, mine, verb)
     recipe = validate(Recipe, settings, verb)
     checks.check(recipe)

@@ -28,6 +28,8 @@ T = TypeVar("T", bound=BaseModel)
 
 COMMAND_LINE = "command line"
 RECIPES = "mcf.recipes"
+# What a key says where another one is null: it has no effect beside a value of that.
+INSTEAD = {"optimizer.blr": "optimizer.lr", "train.epochs": "train.steps"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,25 @@ def read_recipe(recipe: str) -> dict[str, Setting]:
             f"build on {below['base'].value} and repeat the few keys of {base.value}"
         )
     below.pop("name", None)
-    return {**below, **settings}
+    return put_over(below, settings)
+
+
+def put_over(below: dict[str, Setting], above: dict[str, Setting]) -> dict[str, Setting]:
+    """Both, where `above` wins; UserError if it says what has no effect beside a value of `below` (INSTEAD).
+
+    Within one file both may stand: a run's own recipe.yaml states every key.
+    """
+    both = {**below, **above}
+    for key, other in INSTEAD.items():
+        if key not in above or other not in both or both[other].value is None:
+            continue
+        given, wins = above[key], both[other]
+        if wins is below.get(other) or given.origin == COMMAND_LINE:
+            raise UserError(
+                f"{_origin(given)}{key}={render(given.value)} has no effect beside {other}={render(wins.value)} "
+                f"({wins.origin}); add {other}=null, or leave {key} out"
+            )
+    return both
 
 
 def recipe_names() -> list[str]:

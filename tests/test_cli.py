@@ -192,6 +192,31 @@ def test_mistakes_in_a_file_name_file_line_and_key(tmp_path, text, parts):
         assert part in message
 
 
+def test_a_key_without_effect_beside_another_is_refused_with_what_gives_it_one(tmp_path):
+    message = refusal("recipe=demo", "optimizer.blr=1e-9")
+    assert re.fullmatch(
+        r"optimizer.blr=1e-09 has no effect beside optimizer.lr=0.002 \(\S+demo.yaml:\d+\); "
+        r"add optimizer.lr=null, or leave optimizer.blr out",
+        message,
+    )
+    assert recipe("recipe=demo", "optimizer.blr=1e-9", "optimizer.lr=null").optimizer.lr is None
+    message = refusal("recipe=faces_small_mae", "train.epochs=1e300")
+    assert "train.epochs=1e+300 has no effect beside train.steps=600 (" in message
+    assert "add train.steps=null" in message
+    assert recipe("recipe=faces_small_mae", "train.epochs=8", "train.steps=").train.steps is None
+    assert "(command line)" in refusal("train.epochs=3", "train.steps=9")
+
+    derived = write(tmp_path, "mine.yaml", "base: demo\noptimizer:\n  blr: 1e-4\n")
+    message = refusal(f"recipe={derived}")
+    assert message.startswith(f"{derived}:3: optimizer.blr=0.0001 has no effect beside optimizer.lr=0.002 (")
+    write(tmp_path, "mine.yaml", "base: demo\noptimizer:\n  blr: 1e-4\n  lr: null\n")
+    assert recipe(f"recipe={derived}", "train.steps=8").optimizer.lr is None
+    # The other way round the key that is given wins; and a run's own recipe states both.
+    assert recipe("recipe=vit_b_20m", "optimizer.lr=1e-3").optimizer.lr == 1e-3
+    own = write(tmp_path, "own.yaml", cli.dump(recipe("recipe=demo")))
+    assert recipe(f"recipe={own}", "train.steps=9").train.steps == 9
+
+
 def test_a_base_with_a_base_is_refused(tmp_path):
     write(tmp_path, "one.yaml", "seed: 1\n")
     write(tmp_path, "two.yaml", "base: one.yaml\n")
