@@ -253,6 +253,17 @@ def test_a_prediction_that_is_the_target_is_drawn_as_the_image(world):
     assert torch.equal(taught(0, batches(0)).picture[2], seen[-1])
 
 
+def test_the_picture_is_of_the_last_micro_batch_and_marks_what_the_encoder_did_not_see(world):
+    step = build(world, contrast__scope="step")
+    chunk = list(batches(0))
+    images, mask, pred = step(0, iter(chunk)).picture
+    assert torch.equal(images, chunk[-1].images)
+    ids_keep, _ = step.masks.of_encoder(chunk[-1])
+    dropped = [[patch not in kept for patch in range(16)] for kept in ids_keep.tolist()]
+    assert mask.tolist() == dropped
+    assert pred.shape == (MICRO, 16, 8 * 8 * 3)
+
+
 # --------------------------------------------------------------------------------------------------- in a whole run
 
 
