@@ -290,13 +290,3 @@ def test_the_checkpoint_holds_everything_but_the_teacher(unbroken):
     momentum = {k.split(":")[1] for k in held if k.startswith("momentum")}
     assert momentum == {k for k in weights if k.split(".")[0] in ("encoder", "projector")}
     assert not any("teacher" in k for k in held)
-
-
-def test_collapsing_queries_are_an_event_of_the_run(data, tmp_path):
-    run_dir = tmp_path / "collapse"
-    values = tiny.recipe(run_dir, data, train__steps=20, train__stop_after=2, guard__collapse_std=0.999)
-    tiny.write_recipe(run_dir, values)
-    assert tiny.run(run_dir) == 0, tiny.said(run_dir)
-    (warning,) = events(run_dir, "warning")
-    assert warning["step"] == 1 and "queries are collapsing" in warning["message"]
-    assert "queries are collapsing" in tiny.said(run_dir)

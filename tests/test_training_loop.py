@@ -69,10 +69,13 @@ def test_records_tell_the_rate_and_momentum_that_their_step_was_taken_with(made,
 
 
 @pytest.mark.parametrize(("share", "warned"), [(0.99, True), (0.01, False)])
-def test_queries_that_are_nearer_than_the_guard_allows_are_told(made, caplog, share, warned):
+def test_queries_that_are_nearer_than_the_guard_allows_are_told(made, capsys, share, warned):
     """Four queries of random weights lie closer than an even spread, and much wider than a hundredth of it."""
-    assert made(1, guard__collapse_std=share).run(ON)
-    assert ("the queries are collapsing" in caplog.text) == warned
+    training = made(1, guard__collapse_std=share)
+    assert training.run(ON)
+    told = [event["step"] for event in read(training.run_dir / "events.jsonl") if event["kind"] == "warning"]
+    assert told == ([1] if warned else [])
+    assert ("the queries are collapsing" in capsys.readouterr().out) == warned
 
 
 def test_the_last_step_leaves_a_picture_of_as_many_faces_as_asked(made, monkeypatch):
