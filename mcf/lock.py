@@ -1,7 +1,11 @@
 """One job a run directory: RUN/lock.json names the processes (or the Slurm job) that own it.
 
 The file stays when the run ends; who is named in it and no longer lives owns nothing. So a killed launcher blocks
-nobody, and two launches at the same moment cannot both win: the file is read and written under flock.
+nobody, and two launches at the same moment cannot both win: the file is read and written under flock. Ranks on this
+machine add themselves: they still save when launcher and controller have been killed.
+
+Process numbers say something where they were given: in this boot of this machine, in this container. Of owners on a host
+of the same name, but not from there, only heartbeats tell whether they live.
 
 A Slurm job may start several times. A node that Slurm has lost may still run the job's former start while the next one
 begins elsewhere: `claim` makes the newest start the owner, and who is not it any more (`holds`) must end.
@@ -14,6 +18,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +26,12 @@ from typing import Any, TextIO
 
 import psutil
 
-from mcf import slurm
+from mcf import heartbeat, slurm
 from mcf.errors import UserError
 
 LOCK = "lock.json"
+BEATS = 25.0  # seconds in which a living rank has beaten twice
+START = 90.0  # seconds in which a launch comes to its first heartbeat
 
 
 class RunLock:
@@ -42,7 +49,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         with _open(self.path) as file:
             _refuse_if_owned(_read(file), self.path, self._job)
-            self._owner = {"host": socket.gethostname(), "since": time.time(), "processes": [_identity(os.getpid())]}
+            self._owner = {**_here(), "processes": [_identity(os.getpid())]}
             _write(file, self._owner)
         return self
 
@@ -53,12 +60,22 @@ class RunLock:
         if slurm_job is not None:
             self._owner["slurm_job"] = slurm_job
         with _open(self.path) as file:
-            _write(file, self._owner)
+            _write(file, {**self._owner, "ranks": _read(file).get("ranks", [])})
 
     def __exit__(self, *_: object) -> None:
         left = {k: v for k, v in self._owner.items() if k != "processes"} if "slurm_job" in self._owner else {}
         with contextlib.suppress(OSError), _open(self.path) as file:
+            # An error may have ended this process, and not yet its ranks.
+            if not left and (ranks := [rank for rank in _read(file).get("ranks", []) if _same(rank)]):
+                left = {**self._owner, "processes": [], "ranks": ranks}
             _write(file, left)
+
+
+def join(run_dir: Path) -> None:
+    """Name this process, a rank on this machine, as an owner beside the launch that has started it."""
+    with _open(run_dir / LOCK) as file:
+        owner = _read(file) or {**_here(), "processes": []}
+        _write(file, {**owner, "ranks": [*owner.get("ranks", []), _identity(os.getpid())]})
 
 
 def claim(run_dir: Path, job: str, start: int, patience: float = 60.0) -> None:
@@ -100,7 +117,7 @@ def owning_job(run_dir: Path) -> str | None:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[TextIO]:
-    with path.open("a+") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 
@@ -116,10 +133,9 @@ def _read(file: TextIO) -> dict[str, Any]:
 
 
 def _write(file: TextIO, owner: dict[str, Any]) -> None:
-    file.seek(0)
-    file.truncate()
-    json.dump(owner, file)
-    file.flush()
+    # Padded to what stands there, in one write: readers without the lock find the one or the other, a full disk has room.
+    text = json.dumps(owner).encode().ljust(os.fstat(file.fileno()).st_size)
+    os.pwrite(file.fileno(), text, 0)
     os.fsync(file.fileno())
 
 
@@ -138,19 +154,55 @@ def _alive(owner: dict[str, Any], path: Path, job: str | None) -> str:
         except slurm.NoAnswer as error:
             return f"whether Slurm job {other} of this run lives is not known ({error})"
         return f"Slurm job {other} of this run is {state}" if state else ""
-    if not owner.get("processes"):
+    processes, ranks = owner.get("processes", []), owner.get("ranks", [])
+    if not processes and not ranks:
         return ""
     host = owner.get("host")
+    machine = owner.get("machine", heartbeat.machine())
     if host != socket.gethostname():
         return f"being trained on {host} (if that is long over, delete {path})"
-    living = [p["pid"] for p in owner["processes"] if _same(p)]
-    return f"being trained by process {living[-1]} on this machine" if living else ""
+    if machine != heartbeat.machine():
+        return f"being trained in another container of {host}" if _beats(path.parent, owner) else ""
+    # What may be told to end comes first; a rank is left where they have been killed.
+    living = [p["pid"] for p in (*processes[::-1], *ranks) if _same(p)]
+    return f"being trained by process {living[0]} on this machine" if living else ""
+
+
+def _beats(run_dir: Path, owner: dict[str, Any]) -> bool:
+    """Whether ranks of the owner give signs of life, which takes a while to see."""
+    found = _heartbeats(run_dir)
+    young = min(START, max(0.0, owner.get("since", 0.0) + START - time.time()))
+    patience = max(BEATS if found else 0.0, young)
+    if not patience:
+        return False
+    print("a launch elsewhere on this host had this run; looking whether it still lives …", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if _heartbeats(run_dir) != found:
+            return True
+    return False
+
+
+def _heartbeats(run_dir: Path) -> dict[str, bytes]:
+    """Heartbeats of ranks that have not said that they ended."""
+    found = {}
+    for path in (run_dir / heartbeat.FOLDER).glob("rank-*.json"):
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            if b'"state": "running"' in content:
+                found[path.name] = content
+    return found
+
+
+def _here() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "machine": heartbeat.machine(), "since": time.time()}
 
 
 def _identity(pid: int) -> dict[str, Any]:
-    """A process, told from later ones of the same number by its start."""
+    """A process, told from later ones of the same number by its start: by the clock, and in ticks since the boot."""
     try:
-        return {"pid": pid, "started": psutil.Process(pid).create_time()}
+        return {"pid": pid, "started": psutil.Process(pid).create_time(), "ticks": _ticks(pid)}
     except psutil.Error:
         return {"pid": pid, "started": 0.0}
 
@@ -158,7 +210,19 @@ def _identity(pid: int) -> dict[str, Any]:
 def _same(process: dict[str, Any]) -> bool:
     try:
         found = psutil.Process(process["pid"])
-        # The clock's corrections move the start by fractions of a second.
-        return abs(found.create_time() - process["started"]) < 2 and found.status() != psutil.STATUS_ZOMBIE
+        if found.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if process.get("ticks") is not None:
+            return _ticks(found.pid) == process["ticks"]
+        # By the clock, whose corrections move the start by fractions of a second.
+        return abs(found.create_time() - process["started"]) < 2
     except psutil.Error:
         return False
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process started, as the kernel counts, which no clock that is set moves; None if that is not to be had."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # field 22
+    except (OSError, ValueError, IndexError):
+        return None

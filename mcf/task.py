@@ -221,6 +221,9 @@ class Rank:
             child.send_signal(early)
         status.child = child.pid
         status.tell(path)
+        if local:
+            with contextlib.suppress(OSError):
+                lock.join(self.run_dir)
         deadline = None
         fence = time.monotonic() + FENCE
         while not _ends_within(child, POLL):
