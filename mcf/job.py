@@ -110,7 +110,7 @@ def end(run_dir: Path, status: int, env: Mapping[str, str]) -> int:
         print(f"{why}; {reason}", flush=True)
         return status
     step = newest_step(run_dir)
-    if refusal := _refusal(run_dir, failed, start, step):
+    if refusal := _refusal(run_dir, job, failed, start, step):
         raise UserError(f"{why}; {refusal}")
     print(f"{why}; job {job} goes back to the queue, to go on from step {step}", flush=True)
     _note(run_dir, {"job": job, "start": start, "why": why, "failed": failed, "step": step})
@@ -138,7 +138,7 @@ def _left_alone(job: str, start: int) -> str:
     return "Slurm has ended this start of the job, or requeues it itself"
 
 
-def _refusal(run_dir: Path, failed: bool, start: int, step: int) -> str:
+def _refusal(run_dir: Path, job: str, failed: bool, start: int, step: int) -> str:
     """Why the job does not go back to the queue, and what to do; "" if it does."""
     # Without the checks across keys, which the launcher has made: they are of pre-training, and this may be fine-tuning.
     most = validate(Recipe, read_recipe(str(run_dir / "recipe.yaml")), "job").slurm.max_requeues
@@ -146,8 +146,8 @@ def _refusal(run_dir: Path, failed: bool, start: int, step: int) -> str:
         return f"not requeued again: slurm.max_requeues={most}; launch again to go on from step {step}"
     if not failed:
         return ""
-    before = [event for event in read(run_dir / EVENTS) if event["kind"] == "requeued"][-(IN_VAIN - 1) :]
-    in_vain = [event for event in before if event["failed"] and event["step"] == step]
+    ours = [event for event in read(run_dir / EVENTS) if event["kind"] == "requeued" and event.get("job") == job]
+    in_vain = [event for event in ours[-(IN_VAIN - 1) :] if event["failed"] and event["step"] == step]
     if len(in_vain) == IN_VAIN - 1:
         return f"not requeued: it failed {IN_VAIN} times in a row at step {step} without a new checkpoint; see {run_dir / JOBS}"
     return ""

@@ -11,6 +11,7 @@ import tiny
 
 from mcf import job, slurm
 from mcf.ending import finished, report
+from mcf.errors import UserError
 from mcf.exits import RANK_LOST, USER_ERROR
 from mcf.task import JOBS, Status, read_statuses, status_path
 
@@ -106,6 +107,18 @@ def test_ranks_that_were_all_ended_for_another_s_sake_are_not_done(tmp_path, cap
     end(tmp_path, Status(0, 1, code=-signal.SIGKILL, because=2), Status(1, 1, code=-signal.SIGKILL, because=2))
     assert report(tmp_path, "7", "after 9 s", asked=False) == 1
     assert "rank 0 was ended, because rank 2 was gone" in capsys.readouterr().err
+
+
+def test_a_job_answers_for_its_own_failures(tmp_path, requeued):
+    """What the job before could not do (a broken node, a setting that has been mended) is no failure of this one."""
+    end(tmp_path, Status(0, 1, code=1, ended=NOW))
+    before = {"kind": "requeued", "time": BEFORE, "job": "6", "failed": True, "step": 0}
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps({**before, "start": start}) + "\n" for start in (0, 1)))
+    for start in (0, 1):
+        assert job.end(tmp_path, 1, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start)}) == 0
+    assert requeued == ["7", "7"]
+    with pytest.raises(UserError, match="it failed 3 times in a row at step 0"):
+        job.end(tmp_path, 1, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"})
 
 
 def end(run_dir, *ended: Status) -> None:
