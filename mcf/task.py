@@ -36,6 +36,7 @@ from mcf.exits import SAVED, USER_ERROR
 TRAIN = (sys.executable, "-u", "-m", "mcf.train")
 JOBS = "jobs"  # folder of a run for what its ranks print and how they end
 POLL = 0.2  # seconds between two looks at the child and its peers
+FIRST = 60.0  # seconds after which a rank without a status is taken for dead: all of a machine start together
 FENCE = 1.0  # seconds between two looks at whether this start of a Slurm job still is the newest
 PORTS = (20_000, 32_000)  # below Linux's dynamic ports (32768 on), so that no outgoing connection takes it
 _WIDTH = 512  # bytes of a status, padded
@@ -109,11 +110,12 @@ def _read_status(path: Path) -> Status:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: job, number of the job's start, rank, and what the training process has to know."""
+    """Where this process stands: job, number of the job's start, rank of how many, and what the training process has to know."""
 
     job: str
     start: int
     rank: int
+    size: int
     local: bool
     environment: dict[str, str]
 
@@ -135,14 +137,14 @@ def place(env: Mapping[str, str]) -> Place:
     found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
     if local:
         # The host's own name may not resolve, and need not.
-        return Place(job, start, int(rank), True, {**found, "MASTER_ADDR": "127.0.0.1"})
+        return Place(job, start, int(rank), int(size), True, {**found, "MASTER_ADDR": "127.0.0.1"})
     if address := env.get("SLURM_LAUNCH_NODE_IPADDR"):
         # srun runs on the first node, where rank 0 is; names of nodes need not resolve.
         found["MASTER_ADDR"] = address
     # One port for all ranks of a start, and another at every start: what the former one left behind may hold its own.
     which = (env.get("SLURM_WORKING_CLUSTER"), job, env.get("SLURM_STEP_ID"), start)
     port = random.Random(repr(which)).randrange(*PORTS)
-    return Place(job, start, int(rank), False, {**found, "MASTER_PORT": str(port)})
+    return Place(job, start, int(rank), int(size), False, {**found, "MASTER_PORT": str(port)})
 
 
 def restarts(env: Mapping[str, str]) -> int:
@@ -225,9 +227,10 @@ class Rank:
             with contextlib.suppress(OSError):
                 lock.join(self.run_dir)
         deadline = None
-        fence = time.monotonic() + FENCE
+        began = time.monotonic()
+        fence = began + FENCE
         while not _ends_within(child, POLL):
-            if local and deadline is None and (dead := self._dead_peer(here)) is not None:
+            if local and deadline is None and (dead := self._dead_peer(here, time.monotonic() - began)) is not None:
                 status.because, deadline = dead, time.monotonic() + self.grace
             if deadline is not None and time.monotonic() > deadline:
                 kill_group(child.pid)
@@ -246,12 +249,14 @@ class Rank:
         status.tell(path)
         return status.code
 
-    def _dead_peer(self, here: Place) -> int | None:
-        """A rank that failed, or whose watcher is gone without a word."""
-        for peer in read_statuses(self.run_dir / JOBS, here.job):
-            failed = peer.code not in (None, 0, SAVED) or (peer.code is None and not _lives(peer.watcher))
-            if peer.rank != here.rank and failed:
-                return peer.rank
+    def _dead_peer(self, here: Place, since: float) -> int | None:
+        """A rank that failed, or whose watcher is gone without a word, or has never said one."""
+        peers = {peer.rank: peer for peer in read_statuses(self.run_dir / JOBS, here.job) if peer.rank != here.rank}
+        for rank, peer in peers.items():
+            if peer.code not in (None, 0, SAVED) or (peer.code is None and not _lives(peer.watcher)):
+                return rank
+        if since > FIRST:
+            return next((rank for rank in range(here.size) if rank not in peers and rank != here.rank), None)
         return None
 
 
@@ -278,6 +283,7 @@ def kill_group(leader: int) -> None:
 
 
 def _lives(pid: int) -> bool:
+    """Whether a process lives; 0, of a status that could not be read, is taken for one that does."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -23,6 +23,27 @@ from mcf.task import JOBS, _ends_within, status_path
 LONG = 60.0  # seconds: what a wait for the next look would take
 
 
+WATCHER = """
+import sys
+from pathlib import Path
+from mcf import task
+task.FIRST = 1.0
+task.Rank(tuple(sys.argv[2:]), Path(sys.argv[1]), grace=0.5)()
+"""
+
+
+def watch(run_dir: Path, *command: str, ranks: int = 1) -> subprocess.Popen:
+    """Rank 0 of the local job 7, which runs `command`."""
+    variables = {"JOB_ID": "7", "GLOBALID": "0", "LOCALID": "0", "NTASKS": str(ranks)}
+    environment = {"SUBMITIT_EXECUTOR": "local"} | {f"SUBMITIT_LOCAL_{name}": of for name, of in variables.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", WATCHER, str(run_dir), *command],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_an_end_is_seen_at_once_and_not_at_the_next_look():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert not _ends_within(child, 0.05)
@@ -43,6 +64,17 @@ def test_a_stopped_process_has_not_ended():
     child.kill()
     assert _ends_within(child, LONG)
     child.stdin.close()
+
+
+def test_a_rank_that_never_says_a_word_ends_the_others(tmp_path, capsys):
+    """Its watcher was killed while Python started."""
+    (tmp_path / JOBS).mkdir()
+    rank = watch(tmp_path, sys.executable, "-c", "import time; time.sleep(20)", ranks=2)
+    rank.communicate(timeout=60)
+    assert rank.returncode == 128 + signal.SIGKILL
+    assert json.loads(status_path(tmp_path / JOBS, "7", 0).read_text())["because"] == 1
+    assert report(tmp_path, "7", "after 9 s", asked=False) == 1
+    assert "rank 0 was ended, because rank 1 was gone" in capsys.readouterr().err
 
 
 # --- on a full disk -------------------------------------------------------------------------------------------------
@@ -71,20 +103,6 @@ def small_disk(folder: Path):
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-def watch(run_dir: Path, *command: str, rank: int = 0, ranks: int = 1, **environment: str) -> subprocess.Popen:
-    """A rank of the local job 7, which runs `command`."""
-    code = "import sys; from pathlib import Path; from mcf.task import Rank; Rank(tuple(sys.argv[2:]), Path(sys.argv[1]), grace=0.5)()"
-    variables = {"JOB_ID": 7, "GLOBALID": rank, "LOCALID": rank, "NTASKS": ranks}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(run_dir), *command],
-        env=os.environ
-        | {"SUBMITIT_EXECUTOR": "local", **{f"SUBMITIT_LOCAL_{name}": str(is_) for name, is_ in variables.items()}}
-        | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_how_a_rank_ended_gets_out_of_a_full_disk(tmp_path):
