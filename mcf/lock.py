@@ -14,6 +14,7 @@ begins elsewhere: `claim` makes the newest start the owner, and who is not it an
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -32,6 +33,7 @@ from mcf.errors import UserError
 LOCK = "lock.json"
 BEATS = 25.0  # seconds in which a living rank has beaten twice
 START = 90.0  # seconds in which a launch comes to its first heartbeat
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
@@ -64,7 +66,7 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         left = {k: v for k, v in self._owner.items() if k != "processes"} if "slurm_job" in self._owner else {}
-        with contextlib.suppress(OSError), _open(self.path) as file:
+        with contextlib.suppress(OSError, UserError), _open(self.path) as file:
             # An error may have ended this process, and not yet its ranks.
             if not left and (ranks := [rank for rank in _read(file).get("ranks", []) if _same(rank)]):
                 left = {**self._owner, "processes": [], "ranks": ranks}
@@ -118,8 +120,24 @@ def owning_job(run_dir: Path) -> str | None:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[TextIO]:
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, path)
         yield file
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Wait until no other process has the file open here; by record locks where a file system knows no others."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{path}: its file system has no locks ({error.strerror}), without which two launches of a run would not "
+                "see each other; mount it with them (Lustre: -o flock), or set output= to another one"
+            ) from None
 
 
 def _read(file: TextIO) -> dict[str, Any]:

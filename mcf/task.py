@@ -224,7 +224,7 @@ class Rank:
         status.child = child.pid
         status.tell(path)
         if local:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 lock.join(self.run_dir)
         deadline = None
         began = time.monotonic()

@@ -1,6 +1,8 @@
 """Whose a run is: locks of other hosts and containers, broken ones, numbers of processes that were given away again, and
 clocks that are set."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -112,3 +114,27 @@ def test_a_container_that_has_just_been_started_is_given_time_for_its_first_hear
     with lock.RunLock(tmp_path):
         assert time.monotonic() - began > 1.5
     assert "looking whether it still lives" in capsys.readouterr().err
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def test_a_file_system_without_flock_has_record_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with lock.RunLock(tmp_path):
+        with pytest.raises(UserError, match=f"by process {os.getpid()}"), lock.RunLock(tmp_path):
+            pass
+        with lock._open(tmp_path / lock.LOCK):
+            code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+            other = [sys.executable, "-c", code, str(tmp_path / lock.LOCK)]
+            assert "BlockingIOError" in subprocess.run(other, capture_output=True, text=True).stderr
+
+
+def test_a_file_system_without_any_locks_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(
+        UserError, match=r"lock.json: its file system has no locks .*; mount it with them .*, or set output="
+    ):
+        lock.RunLock(tmp_path).__enter__()
