@@ -218,8 +218,8 @@ class DataConfig(Section):
     prefetch: Positive = Field(3, description="micro-batches decoded ahead")
     max_bad: Share = Field(
         0.01,
-        description="share of unreadable samples (of the different ones seen since the start, at least 100) above which "
-        "the run stops",
+        description="share of the folder's samples (of at least 100) that may be unreadable: the run stops as soon as its "
+        "ranks have found more different ones since the start",
     )
 
 

@@ -20,7 +20,6 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mcf.config import DataConfig
+from mcf.data.bad import BadSample, Tally
 from mcf.data.dali import Decoded, Decoder, Undecodable
 from mcf.data.order import Order
 from mcf.data.reader import PAUSES, Reader, Sample, Stored
@@ -41,7 +41,6 @@ from mcf.kernels import FLIP, uniform
 log = logging.getLogger(__name__)
 
 _AHEAD = 4  # micro-batches beyond those decoded whose windows are being read
-_NAMED = 5  # bad samples that an error names
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,6 @@ class Batch:
     keys: list[str]
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that could not be read or decoded, each time it came up; `substitute` is the key shown instead."""
-
-    position: int
-    shard: str
-    row: int
-    key: str
-    reason: str
-    substitute: str
-
-
 class Loader:
     """Micro-batches of one rank without end, from `start` samples seen (a multiple of `batch`).
 
@@ -80,8 +67,8 @@ class Loader:
     for all; it is read here if None. local_ranks: ranks of this machine, which share data.stage_gb.
 
     Raises UserError for a folder that is not what it should be, for numbers that do not fit each other, and, out of
-    `next()`, when the share of bad samples (distinct ones, of those this iteration has seen, at least 100) is over
-    data.max_bad, or when the storage stays away (mcf.data.reader.PATIENCE).
+    `next()`, when the bad samples that this rank has found are too many for the data (mcf.data.bad.Tally: those of all
+    ranks are whoever's who hears of all), or when the storage stays away (mcf.data.reader.PATIENCE).
     """
 
     def __init__(
@@ -182,9 +169,7 @@ class _Producer:
     def __init__(self, loader: Loader, bad: queue.SimpleQueue[BadSample]):
         self.loader, self.bad = loader, bad
         self.decoder = loader.decoder
-        self.seen = 0
-        self.bad_seen: set[tuple[int, int]] = set()  # (shard, row)
-        self.recent: deque[str] = deque(maxlen=_NAMED)
+        self.tally = Tally(loader.data.max_bad, loader.manifest.samples)
         self.undecodable: dict[tuple[int, int], str] = {}  # (shard, row) → reason: not tried again in later epochs
         self.ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=loader.data.prefetch)
         self.closing = threading.Event()
@@ -262,7 +247,6 @@ class _Producer:
 
     def _begin(self, work: _Work, reader: Reader) -> _Work:
         """Have a micro-batch decoded. Nothing else may be in the decoder: it is needed for those that stand in."""
-        self.seen += len(work.samples)
         reasons = {i: reason for i, sample in enumerate(work.samples) if (reason := self._known(sample.stored))}
         self._replace(work, reasons, reader)
         self.decoder.begin(work.jpegs, work.mirror)  # type: ignore[arg-type]  # None is replaced by now
@@ -297,7 +281,6 @@ class _Producer:
         return Batch(self.decoder.finish(decoded), self.decoder.handed_over(work.positions), keys)
 
     def _replace(self, work: _Work, reasons: dict[int, str], reader: Reader) -> None:
-        self._refuse_too_many(work.samples, reasons)
         for i, reason in reasons.items():
             work.jpegs[i] = self._stand_in(work.samples[i], reason, reader)
 
@@ -319,24 +302,9 @@ class _Producer:
             bad = BadSample(sample.position, name, stored.row, stored.key, reason, candidate.key)
             self.bad.put(bad)
             log.warning("bad sample %s in %s: %s; shown instead: %s", bad.key, bad.shard, bad.reason, bad.substitute)
+            self.tally.add([bad])
             return candidate.jpeg  # type: ignore[return-value]
         raise UserError(f"{name}: {stored.key} is unreadable ({reason}) and so is all around it; restore the shard")
-
-    def _refuse_too_many(self, samples: list[Sample], reasons: dict[int, str]) -> None:
-        """Hold the share of bad samples against data.max_bad; one that comes up in every epoch is one bad sample."""
-        if not reasons:
-            return
-        shards = self.loader.manifest.shards
-        for i, reason in reasons.items():
-            self.recent.append(f"{samples[i].stored.key} in {shards[samples[i].stored.shard].name} ({reason})")
-        self.bad_seen |= {(samples[i].stored.shard, samples[i].stored.row) for i in reasons}
-        limit = self.loader.data.max_bad
-        seen = min(self.seen, self.loader.manifest.samples)
-        if len(self.bad_seen) > limit * max(seen, 100):
-            raise UserError(
-                f"{len(self.bad_seen)} of {seen} samples could not be read, more than data.max_bad={limit:g} allows; "
-                f"the last: {', '.join(self.recent)}; mend the folder, or raise data.max_bad"
-            )
 
 
 def _check_ranks(batch: int, micro_batch: int, streams: int, world_size: int) -> None:

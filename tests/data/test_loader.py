@@ -206,6 +206,21 @@ def test_too_many_bad_images_stop_the_run_and_are_named(folder):
     assert message.count(" in shard-00002.tar (") == 5
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("start", [0, 32, 96])
+def test_a_damaged_shard_that_may_be_stops_no_run_whoever_reads_it_and_since_when(shards, world_size, start):
+    """25 of 1,000 samples, one after another, which are in the streams of a rank or two: data.max_bad is 3 %."""
+    folder = shards(200, 200, 200, 200, 200, meta=False)
+    for row in range(40, 65):
+        damage(folder, 2, row, zero_header)
+    found = set()
+    for rank in range(world_size):
+        loader = make(folder, rank=rank, world_size=world_size, micro_batch=2, start=start, max_bad=0.03)
+        read(loader, 1000 // world_size)
+        found |= {bad.key for bad in loader.take_bad()}
+    assert len(found) > 10
+
+
 def test_one_bad_image_stops_no_run_however_often_it_comes_up(folder, alone):
     """116 samples, the default data.max_bad of 1 %: twice by position 120, three times by 336."""
     key = alone[7 * BATCH + 8][0]
