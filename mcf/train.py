@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mcf import checkpoint, cli, distributed, linear, memory, precision, startup, state
 from mcf.config import Recipe
+from mcf.data.bad import Tally
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
 from mcf.errors import UserError
@@ -82,6 +83,7 @@ class Training:
             self._go_on_from(found)
         self.guard = Guard(recipe.guard, run_dir, world.rank)
         self.meters = Meters(world)
+        self.tally = Tally(recipe.data.max_bad, self.manifest.samples)
         self.loader = Loader(
             recipe.data,
             batch=recipe.batch,
@@ -233,11 +235,12 @@ class Training:
         tracker.metrics(step, numbers)
 
     def _note_bad_samples(self, tracker: Tracker) -> None:
-        """Record what the loaders of all ranks left out since the last time."""
-        for found in distributed.gather_objects(self.loader.take_bad()):
-            for bad in found:
-                self.progress.bad_samples += 1
-                tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
+        """Record what the loaders of all ranks left out since the last time. Collective; too many end the run, on all alike."""
+        found = [bad for of_rank in distributed.gather_objects(self.loader.take_bad()) for bad in of_rank]
+        for bad in found:
+            self.progress.bad_samples += 1
+            tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
+        self.tally.add(found)
 
     def _picture(self, tracker: Tracker, outcome: Outcome) -> None:
         if self.world.is_main:

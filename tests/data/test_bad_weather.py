@@ -232,6 +232,16 @@ def test_closing_while_the_storage_stalls_does_not_hang(folder, faults):
     assert time.monotonic() - began < 60
 
 
+def test_bad_samples_of_all_ranks_together_stop_the_run(tmp_path):
+    """12 of 120, of which either rank sees a part that it alone could bear, as one rank that saw them all could not."""
+    tiny.shards(tmp_path / "data", bad=dict.fromkeys(range(3, 120, 10), b"no JPEG"))
+    values = tiny.recipe(tmp_path / "run", tmp_path / "data", ranks=2, data__max_bad=0.08, train__steps=40)
+    run = tiny.write_recipe(tmp_path / "run", values)
+    assert tiny.run(run, ranks=2) == 2, tiny.said(run)
+    assert "10 of 120 samples could not be read, more than data.max_bad=0.08 allows" in tiny.said(run)
+    assert "Traceback" not in tiny.said(run)
+
+
 def test_two_ranks_train_on_while_a_shard_is_torn_from_under_them(tmp_path):
     """The whole job: it is named and counted in events.jsonl, and every step is made."""
     tiny.shards(tmp_path / "data")
