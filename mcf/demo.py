@@ -91,11 +91,28 @@ def finished(run_dir: Path) -> bool:
 
 
 def call(module: str, *arguments: str) -> None:
-    """Run a verb as a user would, and end with it if it fails: it has said why."""
+    """Run a verb as a user would, and end with it if it fails or is stopped: it has said why.
+
+    Ctrl-C is the verb's own affair, which gets it too: its end is waited for, since a launcher saves first.
+    """
     print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
-    if status:
-        raise SystemExit(status)
+    child = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    stopped = False
+    while child.returncode is None:
+        stopped |= not waited(child)
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def waited(child: subprocess.Popen[bytes]) -> bool:
+    """Wait for the end of a process; False if ctrl-C came first."""
+    try:
+        child.wait()
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def report(run_dir: Path, seconds: float) -> int:

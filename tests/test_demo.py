@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,40 @@ def test_a_folder_of_your_own(first, tmp_path):
     assert said["MLflow page"].strip() == "off"
     assert json.loads((tmp_path / f"demo/shards/{name}-64/manifest.json").read_text())["samples"] == 64
     assert not list(tmp_path.glob("demo/faces*"))
+
+
+def test_stopped_with_ctrl_c_it_saves_and_goes_on(tmp_path):
+    """As a terminal sends it: SIGINT to the whole foreground group, the demo and what it has started."""
+    longer = KEYS.replace("train.steps=8", "train.steps=30").replace("checkpoint.every=4", "checkpoint.every=100")
+    keys = ["faces=80", "size=64", f"launch={longer} track.mlflow=off"]
+    run_dir = tmp_path / "demo/runs/demo-drawn"
+    with (tmp_path / "said").open("w+") as said:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "mcf.demo", *keys], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run in the background
+        )  # fmt: skip
+        while started.poll() is None and not read(run_dir / "metrics.jsonl"):
+            time.sleep(0.02)
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGINT)
+        status = started.wait(120)
+        said.seek(0)
+        text = said.read()
+    assert status == 130, text
+    assert "Traceback" not in text and "loss term" not in text, text
+    assert [event["kind"] for event in read(run_dir / "events.jsonl")][-1] == "stopped", text
+    (saved,) = (run_dir / "checkpoints").glob("step-*")
+    step = checkpoint.step_of(saved)
+    assert checkpoint.verify(saved) is None and 0 < step < 30
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started.pid, 0)  # nobody of it goes on
+
+    done = run(tmp_path, *keys)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [record["step"] for record in read(run_dir / "metrics.jsonl") if "loss/total" in record]
+    assert steps == list(range(1, 31))
+    assert [path.name for path in (tmp_path / "demo/runs").iterdir() if path.is_dir()] == ["demo-drawn"]
 
 
 def test_a_folder_that_is_not_there(tmp_path):
