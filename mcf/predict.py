@@ -121,22 +121,22 @@ def find_pictures(images: str) -> list[Path]:
 
 def read_boxes(path: str, pictures: Sequence[Path]) -> dict[str, np.ndarray]:
     """Boxes (left, top, right, bottom) by file name. Raises UserError for a row that is no box, or pictures without one."""
-    from mcf.downstream.datasets.faceset import table_points
+    from mcf.downstream.datasets.faceset import table_points, table_rows
 
     file, where = Path(path).expanduser(), f"boxes={path}"
     if not file.is_file():
         raise UserError(f"{where}: no such file; give CSV of file,left,top,right,bottom")
     boxes: dict[str, np.ndarray] = {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        for number, row in enumerate(csv.reader(opened), 1):
-            if not row or row[0] == "file":
-                continue
-            if len(row) != 5:
-                raise UserError(f"{where}:{number}: {len(row)} values, expected file,left,top,right,bottom")
-            box = table_points(row[1:], f"{where}:{number}").ravel()
-            if not (box[2:] > box[:2]).all():
-                raise UserError(f"{where}:{number}: a box without an area; expected left < right and top < bottom")
-            boxes[row[0]] = box
+    for number, row in enumerate(table_rows(file, where), 1):
+        if not row or row[0] == "file":
+            continue
+        if len(row) != 5:
+            what = f"{len(row)} value{'s' if len(row) > 1 else ''}, expected file,left,top,right,bottom"
+            raise UserError(f"{where}:{number}: {what} with commas between them")
+        box = table_points(row[1:], f"{where}:{number}").ravel()
+        if not (box[2:] > box[:2]).all():
+            raise UserError(f"{where}:{number}: a box without an area; expected left < right and top < bottom")
+        boxes[row[0]] = box
     if missing := [picture.name for picture in pictures if picture.name not in boxes]:
         raise UserError(f"{where}: no box for {len(missing)} of the pictures (for example {missing[0]}); add them")
     return boxes

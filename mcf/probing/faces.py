@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from mcf.config import ProbeKeys
-from mcf.downstream.datasets.faceset import Face, box_around, read_image, table_points, table_rows
+from mcf.downstream.datasets.faceset import Face, box_around, no_heading, read_image, table_points, table_rows
 from mcf.downstream.datasets.parsing import split_by_person
 from mcf.downstream.loader import whole_box
 from mcf.errors import UserError
@@ -144,7 +144,7 @@ def read_table(path: Path, images: Path) -> list[Row]:
     lines = table_rows(path)
     heading = lines[0] if lines else []
     if not heading or heading[0] != "file":
-        raise UserError(f"{path}: begins with {','.join(heading[:4])!r}; expected a heading file,person,…,x0,y0,…")
+        raise no_heading(path, lines, "file,person,…,x0,y0,…")
     first = heading.index("x0") if "x0" in heading else len(heading)
     points = [f"{axis}{i}" for i in range((len(heading) - first) // 2) for axis in "xy"]
     if heading[first:] != points or len(set(heading)) < len(heading):

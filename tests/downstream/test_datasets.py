@@ -227,6 +227,23 @@ def test_bad_tables(tmp_path):
     assert "no test.csv or dev.csv" in refused("alignment", "csv", tmp_path)
 
 
+def test_tables_of_a_spreadsheet(tmp_path):
+    """With the mark that Excel puts in front they are read; with semicolons, or in UTF-16, they are one short line."""
+    trees.table(tmp_path, train=3, test=2)
+    table = tmp_path / "train.csv"
+    text = table.read_text()
+    plain = [(face.name, face.points.tolist()) for face in open_faces("alignment", "csv", tmp_path).train]
+    table.write_text("\ufeff" + text)
+    assert [(face.name, face.points.tolist()) for face in open_faces("alignment", "csv", tmp_path).train] == plain
+    table.write_text(text.replace(",", ";"))
+    told = refused("alignment", "csv", tmp_path)
+    assert told.startswith(f"{table}: begins with 'file;person;x0;y0;")
+    assert told.endswith("…'; expected a heading file,person,x0,y0,x1,y1,… with commas between its columns")
+    assert len(told) < len(str(table)) + 160
+    table.write_text(text, encoding="utf-16")
+    assert refused("alignment", "csv", tmp_path).startswith(f"{table}: cannot be read as a table (it is not UTF-8)")
+
+
 def test_eyes_in_one_place(tmp_path):
     trees.table(tmp_path)
     for column in (2 + 2 * 45, 3 + 2 * 45):

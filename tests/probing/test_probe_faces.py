@@ -129,6 +129,12 @@ def test_a_face_without_points_is_all_of_its_picture(tmp_path):
     [
         (None, {}, "no table in it"),
         ("name,person\na.png,A", {}, "begins with 'name,person'"),
+        ("\ufefffile,person\na_11.png,A\na_12.png,A", {}, "the group of a_11.png is 'A 1'"),  # as Excel writes it
+        (
+            "file;person" + 99 * ";more" + "\na.png;A",
+            {},
+            "more;m…'; expected a heading file,person,…,x0,y0,… with commas",
+        ),
         ("file,person\na.png,A,7", {}, "faces.csv:2: 3 values, the heading has 2"),
         ("file,person,x0,y0\na.png,A,1,oops", {}, "y of point 0 is 'oops'"),
         ("file,x1,y1\na.png,1,1", {}, "no column person"),

@@ -14,6 +14,7 @@ from mcf.downstream.datasets.faceset import (
     box_around,
     count_note,
     need,
+    no_heading,
     table_points,
     table_rows,
     units_of,
@@ -129,8 +130,7 @@ def read_table(path: Path, images: Path) -> list[Face]:
     """Faces of a table: a heading, then file, person (if the heading has it), x0, y0, x1, y1 … in pixels."""
     rows = table_rows(path)
     if not rows or not rows[0] or rows[0][0] != "file":
-        heading = ",".join(rows[0][:4]) if rows else "nothing"
-        raise UserError(f"{path}: begins with {heading!r}; expected a heading file,person,x0,y0,x1,y1,…")
+        raise no_heading(path, rows, "file,person,x0,y0,x1,y1,…")
     first = 2 if "person" in rows[0][:2] else 1
     wanted = [f"{axis}{i}" for i in range((len(rows[0]) - first) // 2) for axis in "xy"]
     if not wanted or rows[0][first:] != wanted:

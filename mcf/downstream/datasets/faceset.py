@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
+QUOTED = 60  # signs of a file's own text in a message, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,13 +223,25 @@ def _outside(face: Face, size: tuple[int, int]) -> str | None:
     return told
 
 
-def table_rows(path: Path) -> list[list[str]]:
-    """The rows of a table in CSV, its heading first; UserError for a file that cannot be read as one."""
+def table_rows(path: Path, where: str = "") -> list[list[str]]:
+    """The rows of a table in CSV, its heading first; UserError, opening with `where` (the path), if it is no such file.
+
+    The byte order mark that spreadsheets write is no part of the heading.
+    """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error}); give CSV in UTF-8") from None
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"{where or path}: cannot be read as a table ({why}); save it as CSV in UTF-8") from None
+
+
+def no_heading(path: Path, rows: Sequence[Sequence[str]], expected: str) -> UserError:
+    """The error for a table that does not begin with the heading that was expected; what it begins with is cut short."""
+    text = ",".join(rows[0]) if rows else "nothing"
+    shown = text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
+    commas = " with commas between its columns" if rows and len(rows[0]) == 1 and set(";\t") & set(text) else ""
+    return UserError(f"{path}: begins with {shown!r}; expected a heading {expected}{commas}")
 
 
 def table_points(text: Sequence[str], where: str) -> NDArray[np.float64]:
@@ -240,7 +253,7 @@ def table_points(text: Sequence[str], where: str) -> NDArray[np.float64]:
     if len(values) != len(text) or not np.isfinite(values).all():
         index, bad = next((i, t) for i, t in enumerate(text) if not _is_number(t))
         raise UserError(
-            f"{where}: {'xy'[index % 2]} of point {index // 2} is {bad.strip() or 'missing'!r}, not a number; mend the row, "
+            f"{where}: {'xy'[index % 2]} of point {index // 2} is {bad.strip()[:QUOTED] or 'missing'!r}, not a number; mend the row, "
             "or take it away"
         )
     return values.reshape(-1, 2)
