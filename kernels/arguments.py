@@ -40,7 +40,9 @@ def parse(verb: str, does: str, keys: Mapping[str, tuple[str, str]], argv: list[
         if not equals:
             raise ArgumentError(f"{word!r} is not key=value; keys: {', '.join(keys)}")
         if key not in keys:
-            raise ArgumentError(f"unknown key {key!r}{nearest(key, keys)}")
+            raise ArgumentError(
+                f"unknown key {key!r}{nearest(key, keys)}; keys: {', '.join(keys)} (`--help` tells them)"
+            )
         if key in values:
             raise ArgumentError(f"{key} is given twice: {values[key]!r} and {value!r}")
         values[key] = value

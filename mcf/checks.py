@@ -194,6 +194,34 @@ def keys_per_query(r: Recipe) -> int:
     return sizes[r.contrast.scope]
 
 
+def fitting(r: Recipe, samples: int) -> str:
+    """Keys of a smaller batch that so few samples fill, as `batch=128 data.streams=128`; empty if there is none.
+
+    Of the ranks' doubles the largest, and beside it the nearest smaller numbers that pass all checks.
+    """
+    ranks, size = r.world_size, r.contrast.group_size
+    for batch in reversed([ranks << k for k in range(samples.bit_length()) if ranks << k <= samples]):
+        share = batch // ranks
+        streams = max(n for n in divisors(batch) if n <= max(r.data.streams, ranks) and n % ranks == 0)
+        micro_batch = r.micro_batch if r.micro_batch >= share else max(n for n in divisors(share) if n <= r.micro_batch)
+        for group in [None] if size is None else [n for n in reversed(divisors(batch)) if n <= size]:
+            parts = {
+                "data": r.data.model_copy(update={"streams": streams}),
+                "contrast": r.contrast.model_copy(update={"group_size": group}),
+            }
+            smaller = r.model_copy(update={"batch": batch, "micro_batch": micro_batch, **parts})
+            try:
+                check(smaller)
+            except UserError:
+                continue
+            words = [f"batch={batch}"]
+            words += [f"data.streams={streams}"] if streams != r.data.streams else []
+            words += [f"micro_batch={micro_batch}"] if micro_batch != r.micro_batch else []
+            words += [f"contrast.group_size={group}"] if group != size else []
+            return " ".join(words)
+    return ""
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, rising."""
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]

@@ -11,7 +11,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcf.checks import keys_per_query, peak_lr
+from mcf.checks import fitting, keys_per_query, peak_lr
 from mcf.config import Recipe
 from mcf.costs import Flops, Times, Traffic, count_flops, count_traffic, estimate_times
 from mcf.errors import UserError
@@ -244,8 +244,8 @@ def _samples(recipe: Recipe, counted: int | None) -> int:
         )
     if samples < recipe.batch:
         raise UserError(
-            f"the data set has {samples} samples, fewer than batch={recipe.batch}; use a smaller batch (and streams and "
-            "micro_batch that divide it), or more data"
+            f"the data set has {samples} samples, fewer than batch={recipe.batch}; "
+            f"use {fitting(recipe, samples) or 'fewer ranks and a smaller batch'}, or more data"
         )
     return samples
 

@@ -285,7 +285,7 @@ def _explain(error: ValidationError, settings: dict[str, Setting], known: dict[s
             break
         name = f"{name}.{part}" if name else part
     key = known.get(name)
-    if first["type"] == "missing":
+    if first["type"] == "missing" and name not in settings:  # else a list of the key's is too short
         meaning = f" ({key.field.description})" if key and key.field.description else ""
         return UserError(f"{verb}: {name} is missing{meaning}; add {name}=VALUE")
     if first["type"] in ("value_error", "assertion_error") or key is None:

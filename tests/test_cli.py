@@ -107,6 +107,10 @@ def test_every_float_comes_back_from_the_command_line_and_from_a_dump(value):
         ("optimizer.lr=.nan", ["optimizer.lr=nan: expected a number > 0 or null"]),
         ("optimizer.weight_decay=.inf", ["optimizer.weight_decay=inf: expected a number >= 0"]),
         ("optimizer.betas=0.9", ["optimizer.betas=0.9: expected a list of 2 values like [1,2]"]),
+        (
+            "optimizer.betas=[0.9]",
+            ["optimizer.betas=[0.9]: expected a list of 2 values like [1,2], each a number >= 0"],
+        ),
         ("optimizer.betas=[0.9,2]", ["optimizer.betas=[0.9,2]", "each a number >= 0 and < 1"]),
         ("teacher.taps=[1,-2]", ["teacher.taps=[1,-2]"]),
         ("teacher.source=mocov3", ["expected one of moco_v3, timm", "did you mean moco_v3?"]),

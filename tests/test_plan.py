@@ -102,6 +102,40 @@ def test_the_size_of_the_data_set():
         plan("recipe=demo", samples=63)
 
 
+@pytest.mark.parametrize(
+    ("argv", "samples", "said"),
+    [
+        (["recipe=vit_b_20m", "gpus_per_node=1"], 160, "use batch=128 data.streams=128, or more data"),
+        (["recipe=vit_b_20m", "gpus_per_node=8"], 160, "use batch=128 data.streams=128, or more data"),
+        (
+            ["recipe=vit_b_20m", "gpus_per_node=3", "batch=3840", "data.streams=240"],
+            100,
+            "use batch=96 data.streams=96,",
+        ),
+        (
+            ["recipe=vit_b_20m", "micro_batch=48", "batch=3072", "data.streams=64"],
+            1000,
+            "use batch=512 micro_batch=32,",
+        ),
+        (["recipe=vit_b_negatives_512"], 300, "use batch=256 data.streams=256 contrast.group_size=256,"),
+        (["recipe=demo"], 63, "use batch=32, or more data"),
+    ],
+)
+def test_the_batch_that_few_samples_fill_is_named_and_accepted(argv, samples, said):
+    with pytest.raises(UserError, match=rf"the data set has {samples} samples, fewer than batch=") as caught:
+        plan(*argv, samples=samples)
+    assert said in str(caught.value)
+    remedy = str(caught.value).partition("; use ")[2].partition(",")[0].split()
+    given = {word.partition("=")[0] for word in remedy}
+    others = [word for word in argv if word.partition("=")[0] not in given]
+    assert plan(*others, *remedy, samples=samples).batch <= samples
+
+
+def test_without_a_batch_that_fits_fewer_ranks_are_asked_for():
+    with pytest.raises(UserError, match="use fewer ranks and a smaller batch, or more data"):
+        plan("recipe=vit_b_20m", samples=7)
+
+
 def test_a_warm_up_as_long_as_the_run_is_refused():
     with pytest.raises(UserError, match=r"optimizer.warmup_epochs=0.5 are 5 steps, and the run has only 4"):
         plan("recipe=demo", "train.steps=4", "optimizer.warmup_epochs=0.5", samples=640)

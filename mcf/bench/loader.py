@@ -184,6 +184,7 @@ def _loaders(config: LoaderBench, device: torch.device) -> list[Loader]:
     threads = config.threads if isinstance(config.threads, list) else [config.threads]
     prefetch = config.prefetch if isinstance(config.prefetch, list) else [config.prefetch]
     manifest = load_manifest(config.data, key="data")
+    _refuse_misfits(config, manifest.samples)
     return [
         Loader(
             DataConfig(
@@ -195,6 +196,22 @@ def _loaders(config: LoaderBench, device: torch.device) -> list[Loader]:
         for t in sorted(threads, key=lambda t: t or 0)
         for p in sorted(prefetch)
     ]  # fmt: skip
+
+
+def _refuse_misfits(config: LoaderBench, samples: int) -> None:
+    """Batch, streams and micro-batch that do not fit each other or the data, by the names that this verb has for them."""
+    batch = config.batch if config.batch <= samples else 1 << max(samples, 1).bit_length() - 1
+    fits = {
+        "batch": batch,
+        "streams": max(n for n in range(1, min(config.streams, batch) + 1) if batch % n == 0),
+        "micro_batch": max(n for n in range(1, min(config.micro_batch, batch) + 1) if batch % n == 0),
+    }
+    wrong = [name for name, value in fits.items() if value != getattr(config, name)]
+    if wrong:
+        raise UserError(
+            f"batch={config.batch} streams={config.streams} micro_batch={config.micro_batch}: streams and micro_batch divide "
+            f"the batch, and the data has {samples} images; use {' '.join(f'{name}={fits[name]}' for name in wrong)}"
+        )
 
 
 def _made(name: str, make: Callable[[list[float]], Iterator[int]], ahead: int) -> Row:

@@ -7,9 +7,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mcf.bench.__main__ import main
+from mcf.bench.loader import LoaderBench, _loaders
 from mcf.bench.meter import rate
 from mcf.data.dali import Decoder
 from mcf.data.shards import ShardWriter, write_manifest
@@ -52,6 +54,25 @@ def test_rates_and_waits_are_those_of_the_loop(folder, monkeypatch, capsys):
     assert rows["beside a step"]["wait_share"] < 0.5 < rows["loader"]["wait_share"]  # and the loader is ahead of it
     assert report["bad_image_s"] > 0 and report["error_against_pillow"] <= 2
     assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        (["batch=10"], "streams=5 micro_batch=5"),
+        (["batch=16", "micro_batch=6"], "micro_batch=4"),
+        (["batch=256", "streams=128", "micro_batch=64"], "batch=64 streams=64"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_told_by_the_names_of_its_own_keys(folder, more, remedy, capsys):
+    given = {word.partition("=")[0]: word for word in [*arguments(folder, *more), *more]}
+    assert main(list(given.values())) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(f"; use {remedy}\n")
+    config = LoaderBench.model_validate(dict(word.split("=", 1) for key, word in given.items() if key != "part"))
+    mended = config.model_copy(update={key: int(n) for key, n in (word.split("=") for word in remedy.split())})
+    for loader in _loaders(mended, torch.device("cpu")):
+        loader.close()
 
 
 def test_wrong_pictures_are_not_timed(folder, monkeypatch, capsys):

@@ -150,6 +150,7 @@ def test_bad_input_is_one_line(capsys):
         (["mask"], "'mask' is not key=value"),
         (["chip=sm_80", "chip=sm_90"], "chip is given twice"),
         (["chips=sm_80"], "did you mean chip?"),
+        (["foo=1"], "unknown key 'foo'; keys: op, chip, processes (`--help`"),
     ):
         assert aot.main(words) == 2
         error = capsys.readouterr().err
