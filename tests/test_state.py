@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+import mcf
 from mcf import state
 from mcf.config import Recipe
 from mcf.errors import UserError
@@ -44,6 +46,70 @@ def test_a_checkpoint_of_fine_tuning_is_no_run_to_go_on_with(tmp_path):
     for look in (lambda: state.check_same_run(tmp_path, recipe(), "abc"), lambda: state.saved_precision(tmp_path)):
         with pytest.raises(UserError, match="a checkpoint of fine-tuning, not of pre-training; give another name="):
             look()
+
+
+# Where a run is, how fast, and what is told of it: by hand, so that a key which becomes free is a decision here too.
+FREE = (
+    "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "start.path",
+    "data.path", "data.samples", "data.stage", "data.stage_gb", "data.decoder", "data.threads", "data.prefetch", "data.max_bad",
+    "train.stop_after", "train.zero_stage", "train.threads", "train.log_every",
+    "speed.compile", "speed.recompute", "speed.keep_memory", "speed.linear",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
+    "guard.max_bad_steps", "guard.collapse_std", "watchdog.timeout", "watchdog.slow_timeout",
+    "track.mlflow", "track.experiment", "track.images_every", "track.images", "track.queue",
+)  # fmt: skip
+FREE_SECTIONS = ("probe.", "slurm.")
+
+
+def keys(values: dict, prefix: str = "") -> list[str]:
+    """The dotted keys of a recipe as plain values."""
+    deeper = [
+        keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+        for key, value in values.items()
+    ]
+    return [key for found in deeper for key in found]
+
+
+def test_every_key_of_the_schema_but_those_named_here_makes_another_run(tmp_path):
+    """Each in turn has another value in the checkpoint than in the recipe: one that no run ever has."""
+    run = saved(tmp_path, recipe()) / state.RUN
+    genuine = run.read_text()
+    every = keys(json.loads(genuine)["recipe"])
+    assert set(FREE) < set(every)
+    assert all(any(key.startswith(section) for key in every) for section in FREE_SECTIONS)
+    accepted = []
+    for key in every:
+        content = json.loads(genuine)
+        section = content["recipe"]
+        *path, last = key.split(".")
+        for name in path:
+            section = section[name]
+        section[last] = "another"
+        run.write_text(json.dumps(content))
+        try:
+            state.check_same_run(tmp_path, recipe(), "abc")
+            accepted.append(key)
+        except UserError as error:
+            assert f"{key}=" in str(error)
+            assert "(was another)" in str(error)
+    assert set(accepted) == {key for key in every if key in FREE or key.startswith(FREE_SECTIONS)}
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_says_so(tmp_path):
+    run = saved(tmp_path, recipe()) / state.RUN
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"format": 2}))
+    for look in (lambda: state.check_same_run(tmp_path, recipe(), "abc"), lambda: state.saved_precision(tmp_path)):
+        with pytest.raises(UserError, match=r"run\.json: format 2, this version reads 1; .*another name="):
+            look()
+
+
+def test_a_checkpoint_says_what_computed_it(tmp_path):
+    progress, _ = state.read_progress(saved(tmp_path, recipe()))
+    assert progress.versions == {
+        "mcf": mcf.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
 
 
 @pytest.mark.parametrize(
