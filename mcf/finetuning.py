@@ -149,7 +149,7 @@ class Finetuning:
                 since, counted = time.monotonic(), progress.step
             if self.evaluation_is_due():
                 judging = time.monotonic()
-                told |= self.judge()
+                told |= self.judge(tracker)
                 since += time.monotonic() - judging
                 headline = f"test/{self.task.headline}"
                 tracker.event("evaluated", step=progress.step, epoch=told["epoch"], **{headline: told[headline]})
@@ -228,23 +228,42 @@ class Finetuning:
             return module
         return Network(self.backbone, module)  # type: ignore[arg-type]
 
-    def judge(self) -> dict[str, float]:
+    def judge(self, tracker: Tracker) -> dict[str, float]:
         """Evaluate the average, and keep its weights if this is the epoch to choose; the numbers to tell. Collective."""
         network, epoch = self.network(), self.progress.step // self.per_epoch
         test = self.evaluate(network, self.set.test).metrics
         told = {"epoch": epoch, **{f"test/{name}": value for name, value in test.items()}}
         held, chosen = None, True
         if self.validation:
-            earlier = [entry["validation"] for entry in self.progress.history]
+            earlier = [e["validation"] for e in self.progress.history if e["validation"] is not None]
             held = self.evaluate(network, self.validation).metrics[self.task.headline]
             chosen = is_better(
                 held, (min if self.task.better == "lower" else max)(earlier, default=None), self.task.better
             )
             told[f"validation/{self.task.headline}"] = held
+        if chosen and not self.keep(tracker, network, epoch):
+            held = None  # an epoch whose weights are lost is not to be chosen
         self.progress.history.append({"epoch": epoch, "test": test, "validation": held})
-        if chosen and self.world.is_main:
-            saved.write(self.run_dir / saved.FILE, network, saved.describe(network, self.config, self.set, epoch))
         return told
+
+    def keep(self, tracker: Tracker, network: Network, epoch: int) -> bool:
+        """Write the weights to RUN/model.safetensors; whether they are there now. Collective.
+
+        A write that fails is told, and ends the run only at the last evaluation, of which it is the outcome.
+        """
+        failed: str | None = None
+        self.mark("saving")
+        if self.world.is_main:
+            try:
+                saved.write(self.run_dir / saved.FILE, network, saved.describe(network, self.config, self.set, epoch))
+            except UserError as failure:
+                failed = str(failure)
+                tracker.event("model_failed", message=failed, step=self.progress.step)
+        self.mark("waiting")
+        failed = distributed.broadcast(failed)
+        if failed and self.progress.step >= self.steps:
+            raise UserError(f"{failed}, then start again: the run goes on from its last checkpoint")
+        return not failed
 
     @torch.no_grad()
     def evaluate(self, network: Network, faces: list[Face]) -> Scores:

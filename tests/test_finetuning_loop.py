@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from mcf import checkpoint, cli, distributed, finetune
-from mcf.downstream import state
+from mcf.downstream import saved, state
 from mcf.downstream.config import FinetuneConfig
 from mcf.downstream.datasets import Face
+from mcf.downstream.scores import choose
 from mcf.engine import Engine
 from mcf.errors import UserError
 from mcf.exits import INTERRUPTED, SAVED
@@ -138,6 +140,46 @@ def test_a_save_that_fails_ends_the_run_only_at_its_end(start, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint not saved in .*, then start again"):
         run.run(GOES_ON)
     assert [event["step"] for event in events(tmp_path / "run", "checkpoint_failed")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.5])
+def test_weights_that_cannot_be_written_at_an_evaluation_are_told_and_the_run_goes_on(start, tmp_path, validation):
+    keys = {"evaluate_every": 1, "validation": validation, "batch": 2, "micro_batch": 2}
+    per_epoch = 4 if not validation else 2
+    model = tmp_path / "run" / saved.FILE
+    model.mkdir(parents=True)
+    assert not start(**keys, train={"stop_after": per_epoch}).run(GOES_ON)
+    (event,) = events(tmp_path / "run", "model_failed")
+    assert event["step"] == per_epoch and f"{model}: is a directory" in event["message"]
+    model.rmdir()
+    assert start(**keys).run(GOES_ON)
+    results = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [entry["epoch"] for entry in results["history"]] == [1, 2, 3]
+    # What is told is what is there: not the first epoch, however good it was.
+    assert [entry["validation"] is None for entry in results["history"]] == [True, *[not validation] * 2]
+    assert results["selected"]["epoch"] == saved.load(str(tmp_path / "run"))[1].epoch > 1
+
+
+def test_weights_that_cannot_be_written_at_the_last_evaluation_are_the_outcome(start, tmp_path, world, monkeypatch):
+    (tmp_path / "run" / saved.FILE).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"is a directory; .*, then start again"):
+        start(evaluate_every=2).run(GOES_ON)
+    assert [event["step"] for event in events(tmp_path / "run", "model_failed")] == [4, 6]
+    # Another rank, which writes nothing, hears of it.
+    run = start()
+    run.world, run.progress.step = replace(world, rank=1), run.steps
+    monkeypatch.setattr(distributed, "broadcast", lambda _: "rank 0's disk is full")
+    with pytest.raises(UserError, match="rank 0's disk is full, then start again"):
+        run.keep(None, run.network(), 3)
+
+
+def test_an_epoch_without_a_number_of_held_out_faces_is_not_selected():
+    history = [
+        {"epoch": epoch, "test": {"nme": test}, "validation": held}
+        for epoch, test, held in ((1, 1.0, None), (2, 5.0, 7.0), (3, 4.0, 6.0), (4, 2.0, None), (5, 3.0, 6.5))
+    ]
+    chosen = choose(history, "nme", "lower", True)
+    assert (chosen["selected"]["epoch"], chosen["best_on_test"]["epoch"]) == (3, 1)
 
 
 def test_fewer_labels_are_spread_over_the_split(places, tmp_path):

@@ -28,14 +28,17 @@ def is_better(value: float, than: float | None, better: str) -> bool:
 def choose(history: Sequence[Mapping[str, Any]], headline: str, better: str, validated: bool) -> dict[str, Any]:
     """Both ways of choosing an epoch out of a run's history of {"epoch", "test": metrics, "validation": number or None}.
 
+    Where faces are held out, an epoch without their number is not selected: its weights could not be kept.
+
     `selected` is what an honest comparison may use: the epoch with the best headline on held-out training faces, or the
     last where none are held out. `best_on_test` is how published numbers were chosen, and is better than the method.
     """
     evaluated = [entry for entry in history if entry.get("test")]
     selected = evaluated[-1]
     if validated:
-        for entry in evaluated:
-            if entry is evaluated[0] or is_better(entry["validation"], selected["validation"], better):
+        kept = [entry for entry in evaluated if entry["validation"] is not None]
+        for entry in kept:
+            if entry is kept[0] or is_better(entry["validation"], selected["validation"], better):
                 selected = entry
     best = evaluated[0]
     for entry in evaluated[1:]:
