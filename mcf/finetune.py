@@ -7,6 +7,7 @@ mode=slurm    through the launcher, as a Slurm job; mode=print shows its script 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
 from mcf.exits import INTERRUPTED, SAVED, leave_at_once
 from mcf.local import directory, run_here
-from mcf.lock import RunLock
+from mcf.lock import RunLock, held
 from mcf.submit import job_script, submit
 from mcf.task import JOBS, Rank
 
@@ -57,10 +58,15 @@ def work(config: FinetuneConfig, run_dir: Path, *, launched: bool) -> int:
 
     stop = StopSignal()
     place = rendezvous(os.environ)
-    with Watchdog(place.rank, place.size, launch_name(os.environ), config.watchdog) as watchdog:
-        watchdog.open(run_dir)
+    watched = Watchdog(place.rank, place.size, launch_name(os.environ), config.watchdog)
+    with watched as watchdog, contextlib.ExitStack() as owned:
+        if launched:
+            watchdog.open(run_dir)
         watchdog.mark("joining")
         world = distributed.join(timeout=distributed.PATIENCE)
+        if not launched:
+            distributed.from_main(lambda: take(run_dir, owned))
+            watchdog.open(run_dir)
         distributed.set_threads(world, config.train.threads)
         linear.use("auto")
         if world.device.type == "cpu":
@@ -78,6 +84,12 @@ def work(config: FinetuneConfig, run_dir: Path, *, launched: bool) -> int:
     if run.interrupted:
         return SAVED
     return INTERRUPTED if stop.for_good and not launched else 0
+
+
+def take(run_dir: Path, owned: contextlib.ExitStack) -> None:
+    """Make a run directory, and own it until `owned` ends. Raises UserError if another living start has it."""
+    checkpoint.make_run_dir(run_dir)
+    owned.enter_context(held(run_dir))
 
 
 def launch(config: FinetuneConfig, run_dir: Path) -> int:

@@ -73,6 +73,16 @@ class RunLock:
             _write(file, left)
 
 
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Own a run directory without a launcher: as this process, and as its Slurm job if it is in one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    with RunLock(run_dir, job) as lock:
+        if job:
+            lock.add(slurm_job=job)
+        yield
+
+
 def join(run_dir: Path) -> None:
     """Name this process, a rank on this machine, as an owner beside the launch that has started it."""
     with _open(run_dir / LOCK) as file:

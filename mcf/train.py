@@ -10,6 +10,7 @@ for every optimiser step, from where the newest whole checkpoint stands
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -18,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import checkpoint, cli, distributed, linear, memory, precision, startup, state
+from mcf import checkpoint, cli, distributed, linear, lock, memory, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.bad import Tally
 from mcf.data.loader import Loader
@@ -270,12 +271,21 @@ def main(argv: list[str] | None = None) -> int:
         watchdog.mark("joining")
         world = distributed.join(timeout=distributed.PATIENCE)
         recipe, run_dir = distributed.from_main(lambda: read_arguments(argv))
-        watchdog.open(run_dir)
-        watchdog.configure(recipe.watchdog)
-        interrupted = train(recipe, run_dir, world, stop, watchdog)
+        with contextlib.ExitStack() as owned:
+            if launched is None:
+                distributed.from_main(lambda: take(run_dir, owned))
+            watchdog.open(run_dir)
+            watchdog.configure(recipe.watchdog)
+            interrupted = train(recipe, run_dir, world, stop, watchdog)
     if interrupted:
         return SAVED
     return INTERRUPTED if stop.for_good and launched is None else 0
+
+
+def take(run_dir: Path, owned: contextlib.ExitStack) -> None:
+    """Make a run directory, and own it until `owned` ends. Raises UserError if another living start has it."""
+    checkpoint.make_run_dir(run_dir)
+    owned.enter_context(lock.held(run_dir))
 
 
 def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:

@@ -145,7 +145,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(unbroken, data, tmp_path):
     assert numbers(run_dir) == numbers(unbroken)
 
 
-def test_ctrl_c_saves_and_says_so_where_no_launcher_does(data, tmp_path):
+def test_without_a_launcher_a_run_is_owned_too_and_ctrl_c_is_said(data, tmp_path):
     run_dir = tmp_path / "interrupted"
     tiny.write_recipe(run_dir, tiny.recipe(run_dir, data, train__steps=10_000, checkpoint__every=100_000))
     command = [sys.executable, "-m", "mcf.train", f"recipe={run_dir / 'recipe.yaml'}"]
@@ -156,6 +156,9 @@ def test_ctrl_c_saves_and_says_so_where_no_launcher_does(data, tmp_path):
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2
+    assert f"being trained by process {process.pid} on this machine" in second.stderr.splitlines()[-1]
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
     assert checkpoint.step_of(checkpoint.latest(run_dir)) == max(numbers(run_dir))
