@@ -7,6 +7,7 @@ Whatever is wrong is one line: the key, the value, where it was written, what wa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -70,14 +71,14 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
             _check_directory()
             return function(sys.argv[1:] if argv is None else argv) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _complain(f"error: {error}")
             return error.status
         except KeyboardInterrupt:
             return 130
         except OSError as error:
             if error.errno in _SURROUNDINGS:
                 where = f"{error.filename}: " if error.filename else ""
-                print(f"error: {where}{error.strerror}; mend that, and give the same command again", file=sys.stderr)
+                _complain(f"error: {where}{error.strerror}; mend that, and give the same command again")
                 return 2
             if error.errno != errno.EPIPE:
                 raise
@@ -127,6 +128,12 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     recipe = validate(Recipe, settings, verb)
     checks.check(recipe)
     return recipe, own_values
+
+
+def _complain(line: str) -> None:
+    """Write an error line; where it cannot be written (a log on a full disk), the exit status still says it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _flush() -> None:

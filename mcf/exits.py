@@ -5,6 +5,7 @@ Any other status than 0 is a failure that may be a machine's: under Slurm the ru
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -22,6 +23,7 @@ def leave_at_once(status: int) -> NoReturn:
     What libraries tidy up can hang, or abort, of half a group above all: a machine's failure would be made of a user's
     mistake, or of a run that is done. A signal would do the same: Python gives it back to the system while it tidies up.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)

@@ -393,3 +393,11 @@ def test_help_loads_nothing_heavy(verb):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_error_that_cannot_be_written_still_is_the_exit_status():
+    """As of a rank whose log lies on a disk that is full; status 1 would send its job back to the queue."""
+    code = "from mcf import cli, exits, errors\n@cli.main\ndef main(argv):\n    raise errors.UserError('no')\n"
+    command = f"'{sys.executable}' -u -c \"$CODE\" > /dev/full 2>&1"
+    for end in ("raise SystemExit(main([]))", "exits.leave_at_once(main([]))"):
+        assert subprocess.run(command, shell=True, env={**os.environ, "CODE": code + end}).returncode == 2
