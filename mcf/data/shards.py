@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import tarfile
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ import numpy as np
 from mcf.data import ustar
 from mcf.data.storage import Storage, is_remote, storage_of
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".packing"  # folder of an output whose packing has not ended
@@ -92,8 +96,11 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name.removesuffix(".tar") + ".index.npy")
 
 
-def load_manifest(path: str | Path, *, check: bool = True, key: str = "data.path") -> Manifest:
+def load_manifest(path: str | Path, *, check: bool = True, key: str = "data.path", lost: float = 0.0) -> Manifest:
     """Read the manifest of a folder, and hold it against the files (sizes only: it is done at every start).
+
+    lost: share of its samples (of at least 100) whose shards may be missing or truncated: these are warned of. A run that has
+    begun bears them, as it did when they went.
 
     Raises UserError, which names the `key` that the folder was given by, if it is missing, empty, not packed, or does not
     fit its manifest (a truncated tar).
@@ -116,12 +123,16 @@ def load_manifest(path: str | Path, *, check: bool = True, key: str = "data.path
     try:
         text = file.read_text()
     except OSError as error:
+        if not isinstance(error, PermissionError):
+            raise UserError(
+                f"{file}: cannot be read ({error.strerror}); launch again when it can be", UNAVAILABLE
+            ) from None
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     except ValueError as error:
         raise UserError(f"{file}: damaged manifest ({error!r}); {_restore(folder)}") from None
     manifest = _parsed(text, file, _restore(folder), folder)
     if check:
-        _hold_against_files(manifest)
+        _hold_against_files(manifest, lost)
     return manifest
 
 
@@ -153,17 +164,23 @@ def _load_remote(url: str, key: str) -> Manifest:
     return _parsed(text, file, "copy the folder there again", Path(url), url)
 
 
-def _hold_against_files(manifest: Manifest) -> None:
+def _hold_against_files(manifest: Manifest, lost: float) -> None:
+    left = lost * max(manifest.samples, 100)
     for shard in manifest.shards:
-        tar = manifest.path / shard.name
-        for file in (tar, index_path(tar)):
-            if not file.exists():
-                raise UserError(f"{file}: named by {MANIFEST} but not there; {_restore(manifest.path)}")
-        size = tar.stat().st_size
-        if size != shard.bytes:
-            raise UserError(
-                f"{tar}: {size} bytes, {MANIFEST} says {shard.bytes} (truncated or changed); {_restore(manifest.path)}"
-            )
+        if wrong := _wrong(manifest.path / shard.name, shard):
+            left -= shard.samples
+            if left < 0:
+                raise UserError(f"{wrong}; {_restore(manifest.path)}")
+            log.warning("%s; its samples are bad where they cannot be read", wrong)
+
+
+def _wrong(tar: Path, shard: Shard) -> str:
+    """What is wrong with the files of a shard; "" if nothing is."""
+    for file in (tar, index_path(tar)):
+        if not file.exists():
+            return f"{file}: named by {MANIFEST} but not there"
+    size = tar.stat().st_size
+    return "" if size == shard.bytes else f"{tar}: {size} bytes, {MANIFEST} says {shard.bytes} (truncated or changed)"
 
 
 def sight(path: str | Path) -> str:

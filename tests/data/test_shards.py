@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -117,3 +118,21 @@ def test_verify_finds_one_changed_byte_and_an_index_of_another_tar(folder):
     np.save(index, rows)
     with pytest.raises(UserError, match=r"index\.npy: does not fit"):
         verify(load_manifest(folder))
+
+
+@pytest.mark.parametrize("how", ["gone", "truncated", "index gone"])
+def test_a_run_that_has_begun_bears_shards_that_went_up_to_a_share(shards, how, caplog):
+    """17 of 116 samples are 14.7 %."""
+    folder = shards(30, 17, 44, 25)
+    tar = folder / "shard-00001.tar"
+    whole = load_manifest(folder).fingerprint
+    if how == "truncated":
+        os.truncate(tar, 2000)
+    else:
+        (tar if how == "gone" else index_path(tar)).unlink()
+    for lost in (0.0, 0.14):
+        with pytest.raises(UserError, match=r"shard-00001\.(tar|index\.npy): (named by|2000 bytes)"):
+            load_manifest(folder, lost=lost)
+    assert not caplog.records
+    assert load_manifest(folder, lost=0.15).fingerprint == whole
+    assert "shard-00001." in caplog.text and "its samples are bad" in caplog.text
