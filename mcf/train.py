@@ -56,7 +56,9 @@ class Training:
         mark("reading data")
         distributed.from_main(lambda: checkpoint.make_run_dir(run_dir))
         startup.check_same_everywhere(world, recipe.data.path or "")
-        self.manifest = distributed.from_main(lambda: load_manifest(recipe.data.path or ""))
+        self.manifest = distributed.from_main(
+            lambda: load_manifest(recipe.data.path or "", lost=recipe.data.max_bad if checkpoint.steps(run_dir) else 0.0)
+        )
         self.plan = make_plan(recipe, self.manifest.samples)
         self.progress = state.Progress(data=self.manifest.fingerprint)
         mark("reading checkpoint")

@@ -18,7 +18,7 @@ from data_shards import damage
 
 from mcf.config import DataConfig
 from mcf.data.loader import Loader
-from mcf.exits import UNAVAILABLE
+from mcf.exits import SAVED, UNAVAILABLE
 
 HERE = Path(__file__).parent
 COUNTS = (30, 17, 44, 25)
@@ -265,3 +265,24 @@ def test_two_ranks_train_on_while_a_shard_is_torn_from_under_them(tmp_path):
     assert bad and {event["shard"] for event in bad} == {"shard-00001.tar"}
     assert all("file ends" in event["reason"] for event in bad)
     assert events[-1]["kind"] == "finished"
+
+
+def bad_of(run: Path) -> tuple[list[int], int]:
+    """Positions of the bad samples that a run told of, and its last count of them."""
+    events = [json.loads(line) for line in (run / "events.jsonl").open()]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return [event["position"] for event in events if event["kind"] == "bad_sample"], last["bad/samples"]
+
+
+def test_a_run_that_has_begun_goes_on_without_a_shard(tmp_path):
+    tiny.shards(tmp_path / "data")
+    keys = {"data__max_bad": 0.5, "train__steps": 16}
+    run = tiny.write_recipe(
+        tmp_path / "run", tiny.recipe(tmp_path / "run", tmp_path / "data", train__stop_after=4, **keys)
+    )
+    assert tiny.run(run) in (0, SAVED), tiny.said(run)
+    (tmp_path / "data/shard-00001.tar").unlink()
+    tiny.write_recipe(run, tiny.recipe(run, tmp_path / "data", **keys))
+    assert tiny.run(run) == 0, tiny.said(run)
+    assert "shard-00001.tar: named by manifest.json but not there; its samples are bad" in tiny.said(run)
+    assert bad_of(run)[1] > 0
