@@ -107,6 +107,7 @@ class Loader:
         self.decoder = Decoder(image_size, micro_batch, device=self.device, decoder=data.decoder, threads=self.threads)
         self.wait = 0.0
         self._bad: queue.SimpleQueue[BadSample] = queue.SimpleQueue()
+        self._met: list[BadSample] = []  # out of the queue, and not taken
         self._producer: _Producer | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -114,12 +115,17 @@ class Loader:
         self._producer = producer = _Producer(self, self._bad)
         return self._follow(producer)
 
-    def take_bad(self) -> list[BadSample]:
-        """The bad samples found since this was last asked, by the thread that runs ahead: the last are yet to come."""
-        found = []
+    def take_bad(self, before: int | None = None) -> list[BadSample]:
+        """The bad samples that were not taken yet, by position; only those before a global position, if one is given.
+
+        The thread runs ahead: what it has met from there on is kept back. All that stand before a batch are found.
+        """
         while not self._bad.empty():
-            found.append(self._bad.get())
-        return found
+            self._met.append(self._bad.get())
+        self._met.sort(key=lambda bad: bad.position)
+        count = sum(before is None or bad.position < before for bad in self._met)
+        taken, self._met = self._met[:count], self._met[count:]
+        return taken
 
     def stage(self) -> Stage | None:
         """Begin to copy the shards of an iteration ahead, if the recipe wants that."""

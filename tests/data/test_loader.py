@@ -221,6 +221,25 @@ def test_a_damaged_shard_that_may_be_stops_no_run_whoever_reads_it_and_since_whe
     assert len(found) > 10
 
 
+def test_bad_samples_are_told_up_to_a_position_and_later_ones_kept_back(folder):
+    for row in range(10, 30):
+        damage(folder, 2, row, zero_header)
+    every = make(folder, max_bad=0.5)
+    read(every, 10 * BATCH)
+    wanted = [bad.position for bad in every.take_bad(before=10 * BATCH)]
+    assert wanted == sorted(wanted) and len(wanted) > 20
+
+    loader = make(folder, max_bad=0.5, micro_batch=BATCH, prefetch=20)
+    batches, taken = iter(loader), []
+    for step in range(1, 11):
+        next(batches)
+        part = [bad.position for bad in loader.take_bad(before=step * BATCH)]
+        assert all((step - 1) * BATCH <= position < step * BATCH for position in part)
+        taken += part
+    loader.close()
+    assert taken == wanted
+
+
 def test_one_bad_image_stops_no_run_however_often_it_comes_up(folder, alone):
     """116 samples, the default data.max_bad of 1 %: twice by position 120, three times by 336."""
     key = alone[7 * BATCH + 8][0]
