@@ -35,7 +35,7 @@ from mcf.rendezvous import launch_name, rendezvous
 from mcf.spread import Spread
 from mcf.step import Outcome, Step
 from mcf.stop import StopSignal
-from mcf.track import Tracker
+from mcf.track import Tracker, jsonl
 from mcf.track.images import reconstruction_grid
 from mcf.watchdog import Mark, Watchdog, unwatched
 from mcf.weights import build_teacher, read_start, read_teacher
@@ -57,7 +57,9 @@ class Training:
         distributed.from_main(lambda: checkpoint.make_run_dir(run_dir))
         startup.check_same_everywhere(world, recipe.data.path or "")
         self.manifest = distributed.from_main(
-            lambda: load_manifest(recipe.data.path or "", lost=recipe.data.max_bad if checkpoint.steps(run_dir) else 0.0)
+            lambda: load_manifest(
+                recipe.data.path or "", lost=recipe.data.max_bad if checkpoint.steps(run_dir) else 0.0
+            )
         )
         self.plan = make_plan(recipe, self.manifest.samples)
         self.progress = state.Progress(data=self.manifest.fingerprint)
@@ -87,6 +89,9 @@ class Training:
         self.guard = Guard(recipe.guard, run_dir, world.rank)
         self.meters = Meters(world)
         self.tally = Tally(recipe.data.max_bad, self.manifest.samples)
+        # Positions of bad samples that an earlier launch has told of: after a kill, some of them come again.
+        events = jsonl.read(run_dir / jsonl.EVENTS) if world.is_main else []
+        self.told = {event["position"] for event in events if event.get("kind") == "bad_sample"}
         self.loader = Loader(
             recipe.data,
             batch=recipe.batch,
@@ -151,6 +156,7 @@ class Training:
                 if recipe.track.images_every and (stopping or self._due(recipe.track.images_every)):
                     self._picture(tracker, outcome)
                 if stopping or self._due(recipe.checkpoint.every):
+                    self._note_bad_samples(tracker)  # a checkpoint counts all before it
                     failure = self._save(tracker)
                 if stopping:
                     break
@@ -238,11 +244,13 @@ class Training:
         tracker.metrics(step, numbers)
 
     def _note_bad_samples(self, tracker: Tracker) -> None:
-        """Record what the loaders of all ranks left out since the last time. Collective; too many end the run, on all alike."""
-        found = [bad for of_rank in distributed.gather_objects(self.loader.take_bad()) for bad in of_rank]
+        """Record what was bad of the samples seen since the last time, on all ranks. Collective; too many end the run, on all alike."""
+        mine = self.loader.take_bad(before=self.progress.samples_seen)
+        found = [bad for of_rank in distributed.gather_objects(mine) for bad in of_rank]
         for bad in found:
             self.progress.bad_samples += 1
-            tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
+            if bad.position not in self.told:
+                tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
         self.tally.add(found)
 
     def _picture(self, tracker: Tracker, outcome: Outcome) -> None:

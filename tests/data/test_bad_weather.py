@@ -274,6 +274,26 @@ def bad_of(run: Path) -> tuple[list[int], int]:
     return [event["position"] for event in events if event["kind"] == "bad_sample"], last["bad/samples"]
 
 
+def test_a_run_that_is_killed_between_its_reports_tells_of_each_bad_sample_once(tmp_path):
+    tiny.shards(tmp_path / "data", bad=dict.fromkeys((5, 17, 33, 48, 70, 99, 111), b"no JPEG"))
+    keys = {"data__max_bad": 0.5, "data__prefetch": 8, "train__log_every": 10, "train__steps": 25}
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    for run in runs:
+        tiny.write_recipe(run, tiny.recipe(run, tmp_path / "data", **keys))
+    assert tiny.run(runs[0]) == 0, tiny.said(runs[0])
+    for step in (8, 16):
+        (process,) = tiny.start(runs[1])
+        while not (runs[1] / f"checkpoints/step-{step:08d}").exists():
+            assert process.poll() is None, tiny.said(runs[1])
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    assert tiny.run(runs[1]) == 0, tiny.said(runs[1])
+    (whole, count), again = bad_of(runs[0]), bad_of(runs[1])
+    assert again == (whole, count)
+    assert len(set(whole)) == len(whole) == count > 8 and max(whole) < 25 * 8
+
+
 def test_a_run_that_has_begun_goes_on_without_a_shard(tmp_path):
     tiny.shards(tmp_path / "data")
     keys = {"data__max_bad": 0.5, "train__steps": 16}
