@@ -11,6 +11,7 @@ import pytest
 
 from mcf.data.shards import MANIFEST, UNFINISHED, Shard, ShardWriter, index_path, load_manifest, verify, write_manifest
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE
 
 SAMPLES = [("first-1", b"\xff\xd8one"), ("second_2", b"\xff\xd8" + bytes(700)), ("third", b"\xff\xd8three")]
 
@@ -136,3 +137,15 @@ def test_a_run_that_has_begun_bears_shards_that_went_up_to_a_share(shards, how, 
     assert not caplog.records
     assert load_manifest(folder, lost=0.15).fingerprint == whole
     assert "shard-00001." in caplog.text and "its samples are bad" in caplog.text
+
+
+def test_storage_that_does_not_answer_at_the_start_is_to_be_tried_again(shards):
+    """The first page of a process's memory cannot be read: EIO, for real."""
+    folder = shards(4)
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).symlink_to("/proc/self/mem")
+    with pytest.raises(
+        UserError, match=r"manifest\.json: cannot be read \(Input/output error\); launch again"
+    ) as caught:
+        load_manifest(folder)
+    assert caught.value.status == UNAVAILABLE
