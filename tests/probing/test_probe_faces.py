@@ -133,7 +133,7 @@ def test_a_face_without_points_is_all_of_its_picture(tmp_path):
         (
             "file;person" + 99 * ";more" + "\na.png;A",
             {},
-            "more;m…'; expected a heading file,person,…,x0,y0,… with commas",
+            "more;mo…'; expected a heading file,person,…,x0,y0,… with commas",
         ),
         ("file,person\na.png,A,7", {}, "faces.csv:2: 3 values, the heading has 2"),
         ("file,person,x0,y0\na.png,A,1,oops", {}, "y of point 0 is 'oops'"),
