@@ -144,7 +144,8 @@ def read_boxes(path: str, pictures: Sequence[Path]) -> dict[str, np.ndarray]:
 
 def write_points(path: Path, rows: Sequence[Sequence[str]], points: int) -> None:
     """A table that dataset=csv could read: file, x0, y0 …"""
-    with path.open("w", newline="") as file:
+    # Names of files are bytes: what is no UTF-8 goes out as it came.
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", *(f"{axis}{i}" for i in range(points) for axis in "xy")])
         writer.writerows(rows)

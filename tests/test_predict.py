@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +68,16 @@ def test_what_is_no_table_of_boxes_is_one_short_line(tmp_path, content, said):
         predict.read_boxes(str(file), [Path("a.png")])
     assert str(error.value).startswith(f"boxes={file}{said}")
     assert len(str(error.value)) < len(str(file)) + 150
+
+
+def test_a_file_name_that_is_no_utf_8_goes_out_as_it_came(tmp_path, capsys):
+    odd = os.fsdecode(b"caf\xe9.png")  # Latin-1
+    shown = pictures(tmp_path / "faces", "a.png", odd)
+    out = tmp_path / "out"
+    weights = model(tmp_path / "points", "alignment")
+    assert predict.main([f"weights={weights}", f"images={shown}", f"out={out}", "threads=1"]) == 0, capsys.readouterr()
+    with (out / "points.csv").open(newline="", errors="surrogateescape") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["a.png", odd]
+    with Image.open(out / "sheet.jpg") as sheet:
+        assert sheet.width > sheet.height  # two pictures and what was found in them, beside each other
+    assert (out / f"{odd}.png").is_file() and (out / "predictions.json").is_file()

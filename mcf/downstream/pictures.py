@@ -79,6 +79,7 @@ def _tile(picture: NDArray[np.uint8]) -> Image.Image:
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a file's name may be no UTF-8
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text
