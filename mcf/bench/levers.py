@@ -104,11 +104,12 @@ def main(argv: list[str]) -> int:
         "threads": torch.get_num_threads(), "steps": config.steps, "torch": torch.__version__,
         "python": platform.python_version(), "rows": {},
     }  # fmt: skip
+    tried = levers(device.type, chosen, config.only)  # refuses before a process is started
     print(heading(result), flush=True)
     began, plain = time.monotonic(), with_keys(recipe, NONE)
     none = Contestant("none", Apart("mcf", plain, torch.get_num_threads()))
     try:
-        for name, keys in levers(device.type, chosen, config.only).items():
+        for name, keys in tried.items():
             if config.seconds and time.monotonic() - began > config.seconds:
                 row: dict[str, Any] = {"left out": f"{config.seconds} s were over"}
             elif keys.get("teacher.products") == "float8" and (why := float8.unavailable(device)):

@@ -62,6 +62,14 @@ def test_levers_of_a_device_and_a_precision():
         levers.levers("cpu", "fp32", "fp8")
 
 
+def test_a_lever_that_is_not_there_is_one_line_before_anything_is_started(monkeypatch, capsys):
+    monkeypatch.setattr(levers, "Apart", lambda *_: pytest.fail("a process was started"))
+    assert levers.main([*SMALL, "precision=fp32", "only=nonsense"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("error: only=nonsense: no lever has that in its name; there are memory kept, ")
+
+
 def test_float8_is_left_out_where_it_cannot_be_and_is_in_no_run_by_default(monkeypatch, tmp_path):
     assert (
         levers.NONE["teacher.products"] == "bfloat16" and "teacher.products" not in levers.levers("cuda", "bf16")["all"]
