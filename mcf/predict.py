@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SHEET = "sheet.jpg"
+LEGEND = "legend.png"
 SHOWN = 12  # pictures on the sheet
 LOOKS = 10  # of a model of points, at most
 
@@ -34,8 +35,8 @@ class PredictConfig(Section):
     """Draw the points or classes that a fine-tuned model finds on your own pictures.
 
     Each picture is taken for one upright face that fills it, unless boxes= says where the face is. Beside the pictures,
-    points go to OUT/points.csv, classes to OUT/NAME.classes.png and their names to OUT/classes.txt. The first twelve stand
-    together on OUT/sheet.jpg. Pictures that cannot be read are left out, and said.
+    points go to OUT/points.csv, classes to OUT/NAME.classes.png, their names to OUT/classes.txt and their colours to
+    OUT/legend.png. The first twelve stand together on OUT/sheet.jpg. Pictures that cannot be read are left out, and said.
     """
 
     weights: str = Field(description="run directory of mcf.finetune, or its model.safetensors")
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     from mcf import linear
     from mcf.downstream import saved
     from mcf.downstream.inference import Predictor
-    from mcf.downstream.pictures import tiles, with_classes, with_points
+    from mcf.downstream.pictures import indexed, legend, tiles, with_classes, with_points
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -89,15 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         if description.task == "alignment":
             rows.append([picture.name, *(f"{value:.2f}" for value in found.ravel())])
         else:
-            Image.fromarray(found.astype("uint8")).save(out / f"{picture.name}.classes.png")
+            indexed(found).save(out / f"{picture.name}.classes.png")
     if left_out == len(pictures):
         raise UserError(f"images={config.images}: none of its {left_out} pictures can be read; give others")
     if description.task == "alignment":
         write_points(out / "points.csv", rows, description.outputs)
     else:
         (out / "classes.txt").write_text("\n".join(description.classes) + "\n")
+        Image.fromarray(legend(description.classes)).save(out / LEGEND)
     heading = f"{'Points' if rows else 'Classes'} that a model of {description.dataset} finds"
-    Image.fromarray(tiles(heading, shown)).save(out / SHEET, quality=90)
+    Image.fromarray(tiles(heading, shown, classes=description.classes)).save(out / SHEET, quality=90)
     about = {"weights": str(Path(config.weights).resolve()), "task": description.task, "dataset": description.dataset}
     (out / "predictions.json").write_text(json.dumps(about, indent=1) + "\n")
     seen = len(pictures) - left_out

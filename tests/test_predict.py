@@ -12,7 +12,9 @@ from PIL import Image
 
 from mcf import predict
 from mcf.downstream import saved
+from mcf.downstream.datasets.faceset import Face, read_labels
 from mcf.downstream.datasets.parsing import CELEBAMASK_CLASSES
+from mcf.downstream.pictures import COLOURS
 from mcf.errors import UserError
 
 SHAPE = {
@@ -81,3 +83,22 @@ def test_a_file_name_that_is_no_utf_8_goes_out_as_it_came(tmp_path, capsys):
     with Image.open(out / "sheet.jpg") as sheet:
         assert sheet.width > sheet.height  # two pictures and what was found in them, beside each other
     assert (out / f"{odd}.png").is_file() and (out / "predictions.json").is_file()
+
+
+def test_classes_are_seen_in_colours_that_a_legend_names(tmp_path, monkeypatch, capsys):
+    """The classes that a network would have found stand in the mask as they are, and a reader of masks takes it."""
+    labels = np.random.default_rng(1).integers(0, 19, (40, 60), dtype=np.uint8)
+    monkeypatch.setattr("mcf.downstream.inference.Predictor.classes", lambda *_: labels)
+    shown, out = pictures(tmp_path / "faces", "a.png"), tmp_path / "out"
+    weights = model(tmp_path / "classes", "parsing")
+    assert predict.main([f"weights={weights}", f"images={shown}", f"out={out}", "threads=1"]) == 0, capsys.readouterr()
+    with Image.open(out / "a.png.classes.png") as mask:
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask.convert("RGB")), COLOURS[labels])
+    face = Face("a", shown / "a.png", labels=out / "a.png.classes.png")
+    assert np.array_equal(read_labels(face, 19, (40, 60)), labels)
+    with Image.open(out / "legend.png") as legend:
+        named = {tuple(colour) for colour in np.asarray(legend).reshape(-1, 3).tolist()}
+    assert named >= {tuple(colour) for colour in COLOURS[1:].tolist()}
+    with Image.open(out / "sheet.jpg") as sheet:
+        assert sheet.height > 288 + 3 * 20  # caption and legend above one row of tiles

@@ -76,7 +76,7 @@ def pictures(
         values = scores.errors[indices] if isinstance(task, Alignment) else 100 - scores.errors[indices]
         captions = [f"{label.format(value)}  {faces.test[i].name}" for i, value in zip(indices, values)]
         heading, columns = (POINTS, 4) if isinstance(task, Alignment) else (CLASSES, 6)
-        found[f"test-{name}"] = tiles(f"{TITLES[name]}: {heading}", list(zip(captions, rows)), columns)
+        found[f"test-{name}"] = tiles(f"{TITLES[name]}: {heading}", list(zip(captions, rows)), columns, faces.classes)
     if isinstance(task, Alignment):
         unit = faces.units[0].name
         threshold = faces.auc[1] if faces.auc is not None and faces.auc[0] == unit else 0.10

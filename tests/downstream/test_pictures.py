@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from mcf.downstream.charts import bar_chart, ced_chart
-from mcf.downstream.pictures import COLOURS, OVERLAY, PREDICTED, TILE, TRUE, tiles, with_classes, with_points
+from mcf.downstream.datasets.parsing import CELEBAMASK_CLASSES
+from mcf.downstream.pictures import (
+    COLOURS,
+    OVERLAY,
+    PREDICTED,
+    SWATCH,
+    TILE,
+    TRUE,
+    indexed,
+    tiles,
+    with_classes,
+    with_points,
+)
 
 
 def test_classes_colour_their_pixels_and_the_background_stays():
@@ -38,6 +51,34 @@ def test_cells_stand_in_rows_in_their_order():
         (1, 1),
         (2, 0),
     ]
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_each_class_has_its_colour_and_its_name_in_the_legend(columns):
+    grey = np.full((20, 20, 3), 128, np.uint8)
+    cells = [("face", [grey])] * columns
+    plain, sheet = tiles("Classes", cells, columns), tiles("Classes", cells, columns, CELEBAMASK_CLASSES)
+    added = len(sheet) - len(plain)
+    assert np.array_equal(sheet[-TILE:], plain[-TILE:])  # the pictures are where they were, further down
+    top = len(sheet) - TILE - added - 40
+    side, corners = SWATCH - 2, []
+    for colour in COLOURS[1:]:
+        is_it = np.lib.stride_tricks.sliding_window_view((sheet[top:-TILE] == colour).all(-1), (side, side))
+        ((y, x),) = np.argwhere(is_it.all((2, 3))).tolist()
+        corners.append((y, x))
+    assert corners == sorted(corners)  # in the order of the classes, row by row
+    # Beside each swatch stands ink, and none runs out of the sheet.
+    for y, x in corners:
+        beside = sheet[top + y : top + y + SWATCH, x + SWATCH + 2 : x + SWATCH + 30]
+        assert (beside.sum(-1) < 400).sum() > 20
+    assert sheet[:-TILE, -4:].min() == 255
+
+
+def test_indices_are_the_classes_and_a_viewer_sees_colours():
+    labels = np.arange(19, dtype=np.uint8).reshape(1, 19).repeat(2, 0)
+    picture = indexed(labels)
+    assert picture.mode == "P" and np.array_equal(np.asarray(picture), labels)
+    assert np.array_equal(np.asarray(picture.convert("RGB"))[0], COLOURS)
 
 
 def test_charts_draw():
