@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 import sys
 from collections.abc import Mapping
 
@@ -45,7 +46,7 @@ def parse(verb: str, does: str, keys: Mapping[str, tuple[str, str]], argv: list[
             )
         if key in values:
             raise ArgumentError(f"{key} is given twice: {values[key]!r} and {value!r}")
-        values[key] = value
+        values[key] = os.path.expanduser(value)  # noqa: PTH111 – not every value is a path
     return {key: values.get(key, default) for key, (default, _) in keys.items()}
 
 

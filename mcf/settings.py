@@ -4,7 +4,7 @@
                      ──► unknown keys refused with the nearest one ──► schema
 
 Values are YAML, read by the rules of YAML 1.2 (`1e-4` is a number; `on`, `off`, `yes`, `no` are words); a key that wants
-text gets the text as it was written, so URIs, paths and run names like `007` need no quotes.
+text gets the text as it was written, so URIs, paths and run names like `007` need no quotes. `~/` is the home directory.
 """
 
 from __future__ import annotations
@@ -266,14 +266,22 @@ def validate(schema: type[T], settings: dict[str, Setting], verb: str) -> T:
         *parents, last = parts_of(name, known)
         for parent in parents:
             place = place.setdefault(parent, {})
-        if isinstance(place.get(last), dict) and isinstance(setting.value, dict):
-            place[last] |= setting.value
+        value = _at_home(setting.value)
+        if isinstance(place.get(last), dict) and isinstance(value, dict):
+            place[last] |= value
         else:
-            place[last] = setting.value
+            place[last] = value
     try:
         return schema.model_validate(nested)
     except ValidationError as error:
         raise _explain(error, settings, known, verb) from None
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or a list of them, with its `~/` or `~user/` said in full: a shell does so only at the start of a word."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and "://" not in value else value  # noqa: PTH111
 
 
 def _explain(error: ValidationError, settings: dict[str, Setting], known: dict[str, Key], verb: str) -> UserError:

@@ -18,6 +18,8 @@ from pydantic import Field
 from mcf import cli, settings
 from mcf.config import Recipe, Section
 from mcf.errors import UserError
+from mcf.kernels.arguments import parse
+from mcf.pack.options import PackConfig
 
 
 def recipe(*argv: str) -> Recipe:
@@ -138,6 +140,20 @@ def test_unset_required_key_names_its_meaning():
 
     with pytest.raises(UserError, match=r"pack: source is missing \(folder of images\); add source=VALUE"):
         cli.parse(Needs, [], verb="pack")
+
+
+def test_home_is_meant_by_a_tilde_whatever_the_key_and_the_verb(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = recipe("data.path=~/shards", "output=~/runs", "track.mlflow=s3://~/x", "slurm.extra.output=~/log")
+    assert (read.data.path, read.output) == (f"{tmp_path}/shards", f"{tmp_path}/runs")
+    assert (read.track.mlflow, read.slurm.extra["output"]) == ("s3://~/x", f"{tmp_path}/log")
+    assert recipe("data.path=a/~/b", "data.stage=~").data.model_dump()["path"] == "a/~/b"
+    path = write(tmp_path, "a.yaml", "data: {path: ~/shards}\nteacher: {path: ~/t.pth}\n")
+    assert cli.load_recipe([f"recipe={path}"]).teacher.path == f"{tmp_path}/t.pth"
+
+    packed = cli.parse(PackConfig, ["source=~/a", "out=~/zz"], verb="pack")
+    assert (packed.source, packed.out) == (f"{tmp_path}/a", f"{tmp_path}/zz")
+    assert parse("mcf.kernels.bench", "", {"out": ("", "folder")}, ["out=~/k"]) == {"out": f"{tmp_path}/k"}
 
 
 # --- files --------------------------------------------------------------------------------------------------------
