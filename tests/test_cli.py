@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -368,6 +369,24 @@ def test_a_terminal_without_some_letter_is_shown_the_rest(words):
     assert b"?" in done.stdout  # one of … → ≈
     text = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, capture_output=True).stdout.decode()
     assert done.stdout.decode("latin-1") == text.encode("latin-1", errors="replace").decode("latin-1")
+
+
+def test_ctrl_c_while_a_verb_is_imported_is_no_traceback(tmp_path):
+    """It comes with the import of yaml here, which every verb needs. A program that imports mcf keeps its handlers."""
+    write(tmp_path, "yaml.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    write(tmp_path, "program.py", "import mcf.cli\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+
+    for words in (["-m", "mcf"], ["-m", "mcf.launch", "recipe=demo"], ["-mmcf.train", "--help"]):
+        done = run(*words)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    for words in (["-c", "import mcf.cli"], ["-m", "program", "mcf.launch"]):
+        done = run(*words)
+        assert done.returncode == -signal.SIGINT
+        assert done.stderr.endswith(b"KeyboardInterrupt\n")
 
 
 def test_mcf_alone_lists_every_verb_there_is():
