@@ -133,6 +133,23 @@ def test_time_of_a_step_by_hand():
     assert full.compute == pytest.approx(node.compute * 989 / 67)
 
 
+def test_an_average_that_moves_once_a_step_is_read_once():
+    h200 = load_machine("h200")
+    assert h200 is not None
+    once = estimate_times(recipe("recipe=vit_b_20m", "gpus_per_node=1", "momentum.update=step"), h200)
+    assert once.update == pytest.approx((28 * 118.0e6 + 12 * 89.85e6) / 4.8e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(("within", "between"), [(1e11, 4e11), (4e11, 1e11)])
+def test_a_ring_over_nodes_is_as_fast_as_its_slowest_link(within, between):
+    h200 = load_machine("h200")
+    assert h200 is not None
+    machine = h200.model_copy(update={"intra_node": within, "inter_node": between})
+    many = estimate_times(recipe("recipe=vit_b_20m", "nodes=16"), machine)
+    # Gradients both ways and parameters, and the keys: 0.3 %.
+    assert many.communication == pytest.approx(3 * 118.0e6 * 4 * 127 / 128 / 1e11, rel=5e-3)
+
+
 def test_the_plan_says_time_and_bytes():
     lines = {
         line.split(maxsplit=1)[0]: line

@@ -158,6 +158,12 @@ def test_checkpoints_on_disk(argv, kept):
     assert plan("recipe=demo", *argv, samples=640).checkpoints == kept
 
 
+@pytest.mark.parametrize(("steps", "records"), [(100, 1), (101, 2), (150, 2), (200, 2)])
+def test_metrics_are_recorded_at_every_interval_and_at_the_end(steps, records):
+    p = plan("recipe=demo", f"train.steps={steps}", "train.log_every=100", samples=640)
+    assert p.metric_records == records
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +192,25 @@ def test_the_momentum_branch_and_its_snapshot_are_always_there():
         parameters = count_parameters(recipe)
         parts = 4 if "train.zero_stage=3" in argv else 1
         assert estimate_memory(recipe, parameters).momentum == 2 * 4 * parameters.momentum // parts
+
+
+def test_copies_in_bfloat16_and_images_that_wait_by_hand():
+    """ViT-B on 8 ranks: the student's parameters and the teacher's, images of 224 × 224 × 3 bytes, 512 a rank and step."""
+
+    def memory(*argv: str):
+        recipe = cli.load_recipe(["recipe=vit_b_20m", *argv])
+        return estimate_memory(recipe, count_parameters(recipe))
+
+    full, half = memory("train.precision=fp32"), memory()
+    # Autocast holds a second copy of what is trained; the frozen teacher has one alone.
+    assert half.weights - full.weights == 2 * 117_963_520
+    assert (full.teacher, half.teacher) == (4 * 85_647_360, 2 * 85_647_360)
+    image = 3 * 224**2
+    # The micro-batch at work, and three that are decoded ahead.
+    assert memory("data.prefetch=3").images == 4 * 64 * image
+    # All keys come before the first query: the step's images are held.
+    for scope in (["contrast.scope=step"], ["contrast.scope=group", "contrast.group_size=512"]):
+        assert memory("data.prefetch=3", *scope).images == (4 * 64 + 512) * image
 
 
 def test_which_micro_batch_fills_the_memory():
