@@ -57,6 +57,24 @@ def test_equal_samples_give_equal_bytes_and_the_same_fingerprint(folder, tmp_pat
     assert load_manifest(folder).fingerprint != load_manifest(other).fingerprint
 
 
+def test_one_byte_of_one_image_makes_other_data(folder, tmp_path_factory):
+    """Of equal length, under the same names: a run must not go on with it."""
+    other = tmp_path_factory.mktemp("other")
+    changed = [SAMPLES[0], ("second_2", b"\xff\xd8" + bytes(699) + b"\1"), SAMPLES[2]]
+    write_manifest(other, [write(other, samples=changed), write(other, "shard-00001.tar", SAMPLES[:2])], {})
+    ours, theirs = load_manifest(folder), load_manifest(other)
+    assert [(s.name, s.samples, s.bytes) for s in ours.shards] == [(s.name, s.samples, s.bytes) for s in theirs.shards]
+    assert ours.fingerprint != theirs.fingerprint
+
+
+def test_a_tar_whose_index_cannot_be_written_is_not_put_in_place(tmp_path):
+    tar = tmp_path / "shard-00000.tar"
+    index_path(tar).mkdir()
+    with pytest.raises(OSError):
+        write(tmp_path)
+    assert not tar.exists()
+
+
 def test_an_error_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path / "shard-00000.tar") as writer:
         writer.add(*SAMPLES[0])

@@ -237,6 +237,21 @@ def test_copies_of_an_earlier_run_are_used_and_leftovers_go(folder, tmp_path, mo
     assert not list(inside.glob("*.tmp"))
 
 
+@pytest.mark.parametrize(("share", "local_ranks"), [(0.5, 1), (1.0, 2)])
+def test_copies_of_an_earlier_run_that_had_more_room_go_at_the_start(folder, tmp_path, share, local_ranks):
+    """All shards are there; then the budget is smaller, or as large and shared by the ranks of the machine."""
+    whole = make(folder, stage=str(tmp_path / "stage")).stage()
+    deadline = time.monotonic() + 60
+    while whole.copied < len(COUNTS):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    whole.close()
+    size = size_of(tmp_path / "stage")
+    data = DataConfig(path=str(folder), streams=4, window=6, stage=str(tmp_path / "stage"), stage_gb=share * size / 1e9)
+    Loader(data, rank=0, world_size=1, local_ranks=local_ranks, **SETTINGS).stage().close()
+    assert 0 < size_of(tmp_path / "stage") <= size / 2
+
+
 def test_it_is_off_by_default(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "Stage", None)
     monkeypatch.setattr(staging.Stage, "__init__", lambda *a, **k: pytest.fail("staged"))
