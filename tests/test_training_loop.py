@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,15 @@ def test_a_full_memory_is_the_users_to_mend_in_the_first_step_alone(made, monkey
     monkeypatch.setattr(Step, "__call__", fills)
     with pytest.raises(error):
         training.run(ON)
+
+
+def test_the_ranks_of_a_machine_share_what_staging_may_take(data, tmp_path, world):
+    values = tiny.recipe(tmp_path / "run", data, data__stage=str(tmp_path / "stage"), data__stage_gb=1.0)
+    loader = Training(Recipe.model_validate(values), tmp_path / "run", dataclasses.replace(world, local_size=4)).loader
+    stage = loader.stage()
+    stage.close()
+    loader.close()
+    assert stage.budget == 250_000_000
 
 
 def test_torch_computes_on_the_threads_that_the_recipe_says(world, data, tmp_path, monkeypatch):

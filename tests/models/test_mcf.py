@@ -141,6 +141,18 @@ def test_pixel_loss_counts_dropped_patches_only_and_normalises(images):
     assert float(pixel_loss(images, ones + 2, mask.float(), 8, normalised=True)) == pytest.approx(4, rel=1e-5)
 
 
+def test_a_patch_without_contrast_is_normalised_with_epsilon_under_the_root():
+    """As MAE has it: a flat patch is left flat, where ε beside the root would blow its rounding up to full contrast."""
+    flat = torch.tensor([59, 53, 40], dtype=torch.uint8).expand(1, 8, 8, 3)  # near one value in normalised units
+    values = (flat.double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    square, variance = (values - values.mean()).square().mean(), values.var()
+    assert variance < 1e-7
+    loss = pixel_loss(flat, torch.zeros(1, 1, 192), torch.ones(1, 1), 8, normalised=True)
+    # Values near −1.1 lie up to 6e-4 apart: roundings of float32, 1e-7 each, are 4e-4 of that, squared twice as much.
+    # With ε beside the root it would be 0.99 instead of 0.05.
+    assert float(loss) == pytest.approx(float(square / (variance + 1e-6)), rel=5e-3)
+
+
 def test_groups_of_keys(recipe_with, images):
     recipe = recipe_with(loss={"feature": 0, "pixel": 1})
     (_, _, mask) = inputs(4)
