@@ -51,7 +51,8 @@ def loss_of(output: torch.Tensor) -> torch.Tensor:
 def recipe(stage: int, precision: str = "fp32") -> Recipe:
     return Recipe(
         micro_batch=SAMPLES,
-        optimizer=OptimizerConfig(weight_decay=0.1),
+        # None of them the default, which an engine that reads no recipe might have by itself.
+        optimizer=OptimizerConfig(weight_decay=0.1, betas=(0.8, 0.97), eps=1e-3),
         train=TrainConfig(zero_stage=stage, precision=precision),
     )
 
