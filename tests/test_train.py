@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mcf import checkpoint
+from mcf.data.order import Order
 from mcf.exits import INTERRUPTED, SAVED
 from mcf.track.jsonl import read
 
@@ -201,6 +203,22 @@ def test_an_image_that_breaks_after_packing_is_named_and_the_run_goes_on(data, t
     assert {e["shard"] for e in bad} == {"shard-00000.tar", "shard-00001.tar"}
     assert len(numbers(run_dir)) == 30
     assert numbers(run_dir)[30]["bad/samples"] == len(bad)
+
+
+def test_images_that_break_on_any_rank_are_named(tmp_path):
+    """One whose position is even, which rank 0 reads, and one of rank 1."""
+    order = Order(np.array([45, 45, 30]), batch=8, streams=4, window=8, seed=3)
+    places = {position: order.locate(position) for position in (10, 25)}
+    keys = {position: f"{45 * place.shard + place.row:06d}" for position, place in places.items()}
+    tiny.shards(tmp_path / "shards", bad={int(key): b"no JPEG at all" for key in keys.values()})
+    run_dir = tmp_path / "run"
+    values = tiny.recipe(run_dir, tmp_path / "shards", ranks=2, micro_batch=2, train__steps=6, data__max_bad=0.1)
+    tiny.write_recipe(run_dir, values)
+    assert tiny.run(run_dir, 2) == 0, tiny.said(run_dir)
+    bad = events(run_dir, "bad_sample")
+    # No other epoch comes within the six steps, nor within what is decoded ahead of them.
+    assert {e["position"]: e["key"] for e in bad} == keys
+    assert numbers(run_dir)[6]["bad/samples"] == len(bad) == 2
 
 
 def test_a_full_disk_loses_only_the_save(data, tmp_path):
