@@ -181,6 +181,7 @@ def save(run_dir: str | Path, step: int, *, keep: int, keep_every: int = 0) -> I
     staging = folder / f".staging-{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)  # what is new in RUN, this folder and the files of lines
         _sweep(folder)
         staging.mkdir()
         yield staging
@@ -207,9 +208,12 @@ def _why(error: OSError, folder: Path) -> str:
 
 
 def _seal(staging: Path) -> None:
-    """Put every file on disk, then write the manifest over them, last."""
+    """Put every file and folder on disk, then write the manifest over them, last."""
     files = {}
-    for file in sorted(p for p in staging.rglob("*") if p.is_file()):
+    for file in sorted(staging.rglob("*")):
+        if file.is_dir():
+            _sync_folder(file)
+            continue
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from power import Disk
 
 from mcf import checkpoint
 from mcf.errors import UserError
@@ -235,3 +237,39 @@ for step in range(1, 10_000):
         step = checkpoint.step_of(found)
         assert step >= int(said[-1] if said else 1)
         assert (found / "b").read_bytes() == step.to_bytes(8, "big") * 20_000
+
+
+def test_a_checkpoint_outlives_a_power_loss(tmp_path, monkeypatch):
+    """All of it is on the disk before it has its name, and then its name, whatever folders are new."""
+    run = tmp_path / "run"
+    run.mkdir()
+    disk = Disk(monkeypatch)
+    write(run, 5)
+    assert disk.renamed == [(".staging-step-00000005", "step-00000005")]
+    assert disk.has(run)
+
+
+def test_a_removal_that_is_cut_short_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def killed(folder: Path, **_) -> None:
+        (folder / "a.bin").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        write(tmp_path, 2, keep=1)
+    assert [(checkpoint.step_of(p), checkpoint.verify(p)) for p in checkpoint.steps(tmp_path)] == [(2, None)]
+    write(tmp_path, 3)
+    assert {p.name for p in checkpoint.folder_of(tmp_path).iterdir()} == {"step-00000002", "step-00000003"}
+
+
+def test_an_old_checkpoint_that_does_not_go_is_only_logged(tmp_path, monkeypatch, caplog):
+    write(tmp_path, 1)
+
+    def busy(*_, **__) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert write(tmp_path, 2, keep=1) == checkpoint.latest(tmp_path)
+    assert "step-00000001 could not be removed: Device or resource busy" in caplog.text

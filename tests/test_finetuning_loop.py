@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from power import Disk
 
 from mcf import checkpoint, cli, distributed, finetune
 from mcf.downstream import saved, state
@@ -140,6 +141,13 @@ def test_a_save_that_fails_ends_the_run_only_at_its_end(start, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint not saved in .*, then start again"):
         run.run(GOES_ON)
     assert [event["step"] for event in events(tmp_path / "run", "checkpoint_failed")] == [2, 4, 6]
+
+
+def test_a_checkpoint_and_the_lines_up_to_it_outlive_a_power_loss(start, tmp_path, monkeypatch):
+    lines = [tmp_path / "run" / name for name in ("metrics.jsonl", "events.jsonl")]
+    disk = Disk(monkeypatch, *lines)
+    start(checkpoint={"every": 3}).run(GOES_ON)
+    assert [new for _, new in disk.renamed] == ["step-00000003", saved.FILE, "step-00000006"]
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.5])

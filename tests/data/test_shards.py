@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from power import Disk
 
 from mcf.data.shards import MANIFEST, UNFINISHED, Shard, ShardWriter, index_path, load_manifest, verify, write_manifest
 from mcf.errors import UserError
@@ -80,6 +81,15 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
         writer.add(*SAMPLES[0])
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_no_file_has_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """So a power loss leaves whole files or none, and never a tar without its index."""
+    disk = Disk(monkeypatch)
+    write_manifest(tmp_path, [write(tmp_path)], {})
+    names = "shard-00000.index.npy", "shard-00000.tar", MANIFEST
+    assert disk.renamed == [(f"{name}.tmp", name) for name in names]
+    assert all(disk.has(tmp_path / name) for name in names)
 
 
 def test_folders_that_are_not_packed(tmp_path):

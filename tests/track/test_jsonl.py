@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from power import Disk
 
 from mcf.track.jsonl import Writer, read
 
@@ -140,6 +141,16 @@ def test_a_full_disk_costs_only_the_lines_of_that_time(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "write", write)
     writer.append({"step": 3})
     assert steps(path) == [1, 3]
+
+
+def test_synced_lines_outlive_a_power_loss(tmp_path, monkeypatch):
+    path, disk = tmp_path / "metrics.jsonl", Disk(monkeypatch)
+    writer = Writer(path)
+    for step in (1, 2):
+        writer.append({"step": step})
+        assert not disk.has(path)
+        writer.sync()
+        assert disk.has(path)
 
 
 def test_no_file_reads_as_no_records(tmp_path):
