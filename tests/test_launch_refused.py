@@ -8,6 +8,7 @@ import pytest
 from launch_stub import Place
 
 from mcf import cli, launch, submit
+from mcf.config import Recipe
 from mcf.errors import UserError
 
 
@@ -105,6 +106,12 @@ def test_print_shows_plan_and_script_and_touches_nothing(tmp_path):
     assert "--kill-on-bad-exit=1" in script
     assert f"-m submitit.core._submit {run}/jobs" in script
     assert subprocess.run(["bash", "-n"], input=script.rpartition("\n[")[0], text=True).returncode == 0
+
+
+def test_slurm_may_requeue_a_job_unless_it_is_told_not_to(tmp_path):
+    assert "#SBATCH --requeue\n" in submit.job_script(Recipe(), tmp_path)
+    told = Recipe.model_validate({"slurm": {"extra": {"requeue": False}}})
+    assert "--requeue" not in submit.job_script(told, tmp_path)
 
 
 def test_missing_submitit_is_one_line(monkeypatch):
