@@ -182,3 +182,15 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_compute_on_the_cpu(tmp_path
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match="was given GPUs"):
         distributed._device(0)
+
+
+@pytest.mark.parametrize(("quota", "share"), [(float("inf"), 2), (9.0, 2), (4.5, 1), (0.5, 1)])
+def test_a_rank_s_share_of_cores_is_of_its_own_host(world, monkeypatch, quota, share):
+    """Ranks of this host whose cores are others take none of its four, and a container's quota is all ranks' of the host."""
+    here = socket.gethostname()
+    ranks = [(here, (0, 1, 2, 3)), (here, (2, 3, 4)), (here, (8, 9)), *[("elsewhere", (0, 1, 2, 3))] * 5]
+    monkeypatch.setattr(distributed, "gather_objects", lambda _: ranks)
+    monkeypatch.setattr(distributed, "available_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(distributed, "cpu_quota", lambda: quota)
+    joined = distributed.join()
+    assert (joined.local_size, joined.cores) == (3, share)
