@@ -11,6 +11,7 @@ import pytest
 
 from mcf import cli, snapshot
 from mcf.errors import UserError
+from mcf.track import origin
 
 
 def test_the_copy_is_complete_and_knows_its_version(tmp_path):
@@ -51,21 +52,24 @@ def test_a_disk_too_full_for_the_copy_is_one_line(tmp_path, monkeypatch):
         snapshot.take(tmp_path)
 
 
-def test_version_tells_changes(tmp_path):
+@pytest.mark.parametrize("version", [snapshot.version, lambda _: origin.code_version.__wrapped__()])
+def test_version_tells_changes(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.run(
             ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    assert snapshot.version(tmp_path) == ""
+    assert version(tmp_path) == ""
     git("init", "-q")
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-qm", "x")
     commit = git("rev-parse", "HEAD").strip()
-    assert snapshot.version(tmp_path) == commit
+    assert version(tmp_path) == commit
     (tmp_path / "new").touch()
-    assert snapshot.version(tmp_path) == commit
+    assert version(tmp_path) == commit
     (tmp_path / "a").write_text("2")
-    assert snapshot.version(tmp_path) == commit + "+changes"
+    assert version(tmp_path) == commit + "+changes"

@@ -212,3 +212,9 @@ def test_a_detector_is_asked_where_there_are_no_boxes():
     results = cutter.cut([(encode(scene(640, 480)), None), (encode(scene(640, 480)), [Face(BOX, 0.95)])])
     assert asked == [(480, 640, 3)]
     assert results[0].crops[0].jpeg == results[1].crops[0].jpeg
+
+
+def test_a_face_of_exactly_the_least_score_is_kept():
+    found = [Face(BOX, score=score) for score in (0.9, math.nextafter(0.9, 0))]
+    kept, reasons = faces.select(found, 640, 480, options(min_score=0.9))
+    assert (kept, reasons) == ([(0, found[0])], [faces.LOW_SCORE])

@@ -218,6 +218,43 @@ def test_numbers_do_not_wait_for_pictures_that_have_no_place(tmp_path, quick, st
     assert tracker._mlflow.refused == 4  # the recipe, two pictures, the events
 
 
+def test_many_records_at_once_are_cut_into_requests_that_mlflow_takes(tmp_path, quick, store, monkeypatch):
+    """MLflow's documented limit is 1,000 items a request; its own store refuses more."""
+    from mlflow.tracking import MlflowClient
+
+    log_batch, sizes = MlflowClient.log_batch, []
+
+    def noted(self, run_id, metrics=(), params=(), tags=(), **named):
+        sizes.append(len(metrics) + len(params) + len(tags))
+        return log_batch(self, run_id, metrics=metrics, params=params, tags=tags, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", noted)
+    tracker = Tracker(recipe(tmp_path), tmp_path / "run")
+    for step in range(1, 41):
+        tracker.metrics(step, {f"m/{i}": float(step) for i in range(40)})
+    tracker.close()
+    assert 40 < max(sizes) <= 1000  # several at once
+    for name in ("m/0", "m/39"):
+        assert history(local(tmp_path), tracker.run_id, name) == [(step, float(step)) for step in range(1, 41)]
+    assert tracker._mlflow.refused == 0
+
+
+def test_values_are_no_longer_than_mlflow_takes():
+    """Its documented limit of a parameter is 6,000 letters."""
+    assert mlflow_run.flatten({"data": {"path": "x" * 7000}, "none": {}}) == {"data.path": "x" * 6000, "none": "{}"}
+
+
+def test_what_is_computed_makes_another_run_and_how_it_is_run_does_not(tmp_path):
+    keys = mlflow_run.flatten(recipe(tmp_path).model_dump(mode="json"))
+    free = {key for key in keys if mlflow_run.OF_THE_LAUNCH.match(key)}
+    sections = {key for key in keys if key.partition(".")[0] in ("track", "slurm", "checkpoint")}
+    assert free - sections == {
+        "nodes", "gpus_per_node", "output", "train.stop_after", "train.threads", "train.log_every", "data.threads",
+        "data.prefetch",
+    }  # fmt: skip
+    assert sections <= free
+
+
 def test_a_run_made_by_an_answer_that_came_too_late_is_found_again(tmp_path, quick, store, monkeypatch):
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
