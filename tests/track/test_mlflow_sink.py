@@ -7,7 +7,6 @@ import http.server
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +23,6 @@ from mcf.config import Recipe
 from mcf.track import Tracker
 from mcf.track.jsonl import read
 from mcf.track.mlflow import run as mlflow_run
-from mcf.track.mlflow import sink
 
 pytest.importorskip("mlflow")
 
@@ -36,29 +34,6 @@ def recipe(tmp_path, uri="local", **changes):
 
 def numbers(step):
     return {"loss/total": 10 / step, "lr": 1e-3 * step, "rate/images_per_s": 100.0}
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Short pauses and an impatient client, so that failures are tried again within a test."""
-    monkeypatch.setattr(sink, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(sink, "LONGEST_PAUSE", 0.2)
-    monkeypatch.setattr(sink, "GATHER", 0.02)
-    monkeypatch.setattr(sink, "PATIENCE", 60)  # these tests ask what arrives, on however busy a machine
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """An sqlite store without runs: making the tables takes seconds, copying the file none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def store(empty_store, tmp_path):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
 
 
 def client(uri):
@@ -216,43 +191,6 @@ def test_numbers_do_not_wait_for_pictures_that_have_no_place(tmp_path, quick, st
     assert len(messages(tmp_path)) == 1
     assert "did not take recipe.yaml" in messages(tmp_path)[0]
     assert tracker._mlflow.refused == 4  # the recipe, two pictures, the events
-
-
-def test_many_records_at_once_are_cut_into_requests_that_mlflow_takes(tmp_path, quick, store, monkeypatch):
-    """MLflow's documented limit is 1,000 items a request; its own store refuses more."""
-    from mlflow.tracking import MlflowClient
-
-    log_batch, sizes = MlflowClient.log_batch, []
-
-    def noted(self, run_id, metrics=(), params=(), tags=(), **named):
-        sizes.append(len(metrics) + len(params) + len(tags))
-        return log_batch(self, run_id, metrics=metrics, params=params, tags=tags, **named)
-
-    monkeypatch.setattr(MlflowClient, "log_batch", noted)
-    tracker = Tracker(recipe(tmp_path), tmp_path / "run")
-    for step in range(1, 41):
-        tracker.metrics(step, {f"m/{i}": float(step) for i in range(40)})
-    tracker.close()
-    assert 40 < max(sizes) <= 1000  # several at once
-    for name in ("m/0", "m/39"):
-        assert history(local(tmp_path), tracker.run_id, name) == [(step, float(step)) for step in range(1, 41)]
-    assert tracker._mlflow.refused == 0
-
-
-def test_values_are_no_longer_than_mlflow_takes():
-    """Its documented limit of a parameter is 6,000 letters."""
-    assert mlflow_run.flatten({"data": {"path": "x" * 7000}, "none": {}}) == {"data.path": "x" * 6000, "none": "{}"}
-
-
-def test_what_is_computed_makes_another_run_and_how_it_is_run_does_not(tmp_path):
-    keys = mlflow_run.flatten(recipe(tmp_path).model_dump(mode="json"))
-    free = {key for key in keys if mlflow_run.OF_THE_LAUNCH.match(key)}
-    sections = {key for key in keys if key.partition(".")[0] in ("track", "slurm", "checkpoint")}
-    assert free - sections == {
-        "nodes", "gpus_per_node", "output", "train.stop_after", "train.threads", "train.log_every", "data.threads",
-        "data.prefetch",
-    }  # fmt: skip
-    assert sections <= free
 
 
 def test_a_run_made_by_an_answer_that_came_too_late_is_found_again(tmp_path, quick, store, monkeypatch):
