@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from power import Disk
 
 from mcf import checkpoint, state
 from mcf.config import Recipe
@@ -90,6 +91,12 @@ def test_the_last_step_leaves_a_picture_of_as_many_faces_as_asked(made, monkeypa
     for picture, step in zip(pictures, (3, 4)):
         faces = [part[:2].numpy() for part in outcomes[step - 1].picture]
         assert (reconstruction_grid(*faces, patch_size=8) == Image.open(picture)).all()
+
+
+def test_a_checkpoint_and_the_lines_up_to_it_outlive_a_power_loss(made, tmp_path, monkeypatch):
+    disk = Disk(monkeypatch, *(tmp_path / "run" / name for name in ("metrics.jsonl", "events.jsonl")))
+    assert made(3, checkpoint__every=2).run(ON)
+    assert [new for _, new in disk.renamed] == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize(
