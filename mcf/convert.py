@@ -17,6 +17,8 @@ from mcf import cli
 from mcf.config import Positive, Section
 from mcf.errors import UserError
 
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
 
 class ConvertConfig(Section):
     """Keys of mcf.convert."""
@@ -39,19 +41,21 @@ class ConvertConfig(Section):
 def main(argv: list[str]) -> int:
     """The verb. Writes one file and says what is in it."""
     config = cli.parse(ConvertConfig, argv, verb="convert")
+    source, out = Path(config.source), Path(config.out)
+    if out.suffix not in SUFFIXES and not out.is_dir():
+        raise UserError(f"out={out}: the ending says which kind of file it is; end its name in .safetensors or .pth")
     # torch comes with them: help and refusals need not wait for it.
     from mcf.weights import files
     from mcf.weights.sources import metadata_of, read_file
     from mcf.weights.vit import check_heads
 
-    source, out = Path(config.source), Path(config.out)
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"out={out}: is the source itself; give another name")
     encoder = read_file(source, config.kind, where=f"source={source}", branch=config.branch, trust=config.trust)
     heads = config.heads or encoder.heads
     if heads is not None:
         check_heads(encoder.shape, heads, key="heads", where=encoder.origin, stated=encoder.heads)
-    if encoder.shape.clip and out.suffix in (".pth", ".pt"):
+    if encoder.shape.clip and out.suffix != ".safetensors":
         raise UserError(f"out={out}: such a file cannot state that this is CLIP's variant of a ViT; use .safetensors")
     files.write(out, encoder.tensors, {"origin": source.name, **metadata_of(encoder, heads)})
     shape = encoder.shape

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_out(config: ExportConfig) -> None:
-    """Refuse a name that does not fit the format, and a decoder where the format has no place for it."""
+    """Refuse a name that does not fit the format, a folder of something else, and a decoder where the format has no place for it."""
     suffixes, out = SUFFIXES.get(config.format), Path(config.out)
     if suffixes and out.suffix not in suffixes:
         raise UserError(f"out={out}: format={config.format} writes a file; end its name in {' or '.join(suffixes)}")
@@ -80,6 +80,8 @@ def check_out(config: ExportConfig) -> None:
         raise UserError(f"out={out}: format=transformers writes a folder; give the name of one")
     if not suffixes and (out / "checkpoints").is_dir():
         raise UserError(f"out={out}: is a run directory; give the export a folder of its own")
+    if not suffixes and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise UserError(f"out={out}: holds other files than an export's; give the name of a new or an empty folder")
     if config.decoder and config.format != "timm":
         raise UserError(f"decoder=true: format={config.format} has no place for a decoder; use format=timm")
 

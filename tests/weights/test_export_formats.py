@@ -247,6 +247,19 @@ def test_a_readme_of_something_else_stays(trained, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*README.md")) == ["README.md", "vit.safetensors.README.md"]
 
 
+def test_a_folder_of_something_else_is_refused_and_stays(trained, tmp_path, capsys):
+    drawn = tmp_path / "drawn"
+    (drawn / "images").mkdir(parents=True)
+    keys = [f"source={trained[0]}", f"out={drawn}", "format=transformers"]
+    assert export.main(keys) == 2
+    error = f"error: out={drawn}: holds other files than an export's; give the name of a new or an empty folder\n"
+    assert capsys.readouterr().err == error
+    assert [path.name for path in drawn.iterdir()] == ["images"]
+    (drawn / "images").rmdir()
+    assert export.main(keys) == export.main([*keys, "branch=momentum"]) == 0  # empty, and an earlier export
+    assert (drawn / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
