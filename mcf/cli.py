@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from mcf import checks
 from mcf.config import Recipe
 from mcf.errors import UserError
+from mcf.exits import UNAVAILABLE, USER_ERROR
 from mcf.keys import Key, dump, flatten, keys, render
 from mcf.settings import put_over, read_command_line, read_recipe, recipe_names, validate
 
@@ -54,8 +55,10 @@ VERBS = {
 }
 
 # What a machine can refuse at any place. Other errors of the system may be mistakes of the program: a traceback is due.
-_SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG,
+_SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
                  errno.EEXIST, errno.ENOTDIR)  # fmt: skip
+# What may have passed at the next try, without anybody's help: a file system that fails over.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 T = TypeVar("T", bound=BaseModel)
 O = TypeVar("O", bound=BaseModel)  # noqa: E741
@@ -76,10 +79,10 @@ def main(function: Callable[[list[str]], int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             return 130
         except OSError as error:
-            if error.errno in _SURROUNDINGS:
+            if error.errno in (*_SURROUNDINGS, *_PASSING):
                 where = f"{error.filename}: " if error.filename else ""
                 _complain(f"error: {where}{error.strerror}; mend that, and give the same command again")
-                return 2
+                return UNAVAILABLE if error.errno in _PASSING else USER_ERROR
             if error.errno != errno.EPIPE:
                 raise
             return 141  # the reader (`| head`) has gone: nothing is wrong

@@ -108,7 +108,7 @@ def launch(config: FinetuneConfig, run_dir: Path) -> int:
         # Of a job the launcher knows what stands in a recipe: its name, its ranks, what Slurm is asked for.
         for name, content in ((CONFIG, config.model_copy(update={"mode": "here"})), (RECIPE, recipe)):
             staged = (run_dir / name).with_suffix(".tmp")
-            staged.write_text(cli.dump(content))
+            staged.write_text(cli.dump(content), encoding="utf-8")
             staged.replace(run_dir / name)
         task = Rank((*COMMAND, f"run={run_dir}"), run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))
         if config.mode == "local":
@@ -124,7 +124,7 @@ def read_config(run_dir: Path) -> FinetuneConfig:
     """The keys that a run was launched with."""
     file = run_dir / CONFIG
     try:
-        return FinetuneConfig.model_validate(yaml.safe_load(file.read_text()))
+        return FinetuneConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"run={run_dir}: no readable {CONFIG} in it ({error}); start the run again with its keys"

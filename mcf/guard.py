@@ -50,7 +50,7 @@ class Guard:
             raise UserError(
                 f"step {step}: {self.in_a_row} non-finite steps in a row (guard.max_bad_steps="
                 f"{self.config.max_bad_steps}); their sample keys are in {self.folder}; the last checkpoint is good: "
-                "look at the samples, or lower optimizer.blr, then launch again"
+                "look at the samples, or lower the rate of learning (optimizer.blr, or optimizer.lr where that is set), then launch again"
             )
 
     def _write(self, step: int, keys: list[str], numbers: dict[str, float]) -> Path:

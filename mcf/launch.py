@@ -183,7 +183,10 @@ def check_inputs(recipe: Recipe) -> None:
         raise UserError(f"data.path={data}: no manifest.json in it; {pack}{out}")
     if recipe.loss.feature and teacher.path and "://" not in teacher.path and not Path(teacher.path).exists():
         raise UserError(f"teacher.path={teacher.path}: no such file; give the file of the teacher's weights")
-    if recipe.start.path and not Path(recipe.start.path).exists():
+    begun = checkpoint.steps(
+        Path(recipe.output) / recipe.name
+    )  # then the start is behind it, whatever became of the file
+    if recipe.start.path and not begun and not Path(recipe.start.path).exists():
         raise UserError(f"start.path={recipe.start.path}: no such file; give weights to start from, or leave it out")
     if recipe.probe.every and not Path(recipe.probe.data or "").is_dir():
         raise UserError(f"probe.data={recipe.probe.data}: no such folder; give labelled faces, or set probe.every=0")
@@ -196,7 +199,7 @@ def prepare(run_dir: Path, recipe: Recipe, out: TextIO) -> None:
         print(f"going on with {run_dir}", *changes(file, recipe), sep="\n", file=out, flush=True)
     snapshot.take(run_dir)
     staged = file.with_suffix(".tmp")
-    staged.write_text(cli.dump(recipe))
+    staged.write_text(cli.dump(recipe), encoding="utf-8")
     staged.replace(file)
 
 

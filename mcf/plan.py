@@ -229,7 +229,7 @@ def make_plan(recipe: Recipe, samples: int | None = None, machine: Machine | Non
         checkpoints=min(kept, saves),
         checkpoint_every=check.every,
         metric_records=-(-steps // recipe.train.log_every),
-        pictures=steps // recipe.track.images_every if recipe.track.images_every else 0,
+        pictures=-(-steps // recipe.track.images_every) if recipe.track.images_every else 0,
         notes=tuple(_notes(recipe, samples, memory, machine)),
     )
 

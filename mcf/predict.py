@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if description.task == "alignment":
         write_points(out / "points.csv", rows, description.outputs)
     else:
-        (out / "classes.txt").write_text("\n".join(description.classes) + "\n")
+        (out / "classes.txt").write_text("\n".join(description.classes) + "\n", encoding="utf-8")
         Image.fromarray(legend(description.classes)).save(out / LEGEND)
     heading = f"{'Points' if rows else 'Classes'} that a model of {description.dataset} finds"
     Image.fromarray(tiles(heading, shown, classes=description.classes)).save(out / SHEET, quality=90)

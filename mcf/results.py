@@ -120,12 +120,12 @@ def main(argv: list[str] | None = None) -> int:
     pack(out, sets, config.size)
     run_all(out, jobs, config.jobs)
     results = collect(out, config.seeds)
-    with (out / "results.csv").open("w", newline="") as file:
+    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Result.__dataclass_fields__)
         writer.writerows((r.initialisation, r.task, r.seed, r.metric, f"{r.value:.4f}") for r in results)
     text = table(results)
-    (out / "results.md").write_text(text + "\n")
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nraw numbers  {out / 'results.csv'}", flush=True)
     return 0
 

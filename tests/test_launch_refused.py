@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from launch_stub import Place
 
 from mcf import cli, launch, submit
@@ -55,6 +56,15 @@ def test_refused_before_anything_starts(inside, monkeypatch, capsys, argv, parts
     for part in parts:
         assert part in err
     assert not list(inside.folder.glob("runs/r/jobs/*"))
+
+
+def test_weights_that_a_run_began_with_may_be_gone_when_it_goes_on(inside):
+    run_dir = inside.folder / "runs/begun"
+    recipe = Recipe.model_validate(tiny.recipe(run_dir, inside.folder / "data", start__path="gone.pth"))
+    with pytest.raises(UserError, match=r"start\.path=gone\.pth: no such file"):
+        launch.check_inputs(recipe)
+    (run_dir / "checkpoints/step-00000004").mkdir(parents=True)
+    launch.check_inputs(recipe)
 
 
 def test_a_damaged_manifest(inside, capsys):

@@ -41,7 +41,7 @@ ARROWS = {
     "mcf.sizes": {"mcf.config", "mcf.zero"},
     "mcf.costs": {"mcf.config", "mcf.machine", "mcf.sizes", "mcf.zero"},
     "mcf.plan": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.costs", "mcf.machine", "mcf.sizes"},
-    "mcf.cli": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.keys", "mcf.settings"},
+    "mcf.cli": {"mcf.config", "mcf.errors", "mcf.checks", "mcf.exits", "mcf.keys", "mcf.settings"},
     "mcf.snapshot": {"mcf.errors"},
     "mcf.exits": set(),
     "mcf.slurm": {"mcf.errors"},

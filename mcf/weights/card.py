@@ -79,7 +79,7 @@ def write(card: Card, folder: Path) -> Path:
     try:
         if path.exists() and _mark(card.file) not in path.read_text(errors="replace"):
             path = folder / f"{card.file}.{CARD}"
-        path.write_text(card.text())
+        path.write_text(card.text(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: the model card cannot be written ({error.strerror}); the weights are whole") from None
     return path
