@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -248,7 +249,18 @@ def test_copies_of_an_earlier_run_that_had_more_room_go_at_the_start(folder, tmp
     whole.close()
     size = size_of(tmp_path / "stage")
     data = DataConfig(path=str(folder), streams=4, window=6, stage=str(tmp_path / "stage"), stage_gb=share * size / 1e9)
-    Loader(data, rank=0, world_size=1, local_ranks=local_ranks, **SETTINGS).stage().close()
+    less = Loader(data, rank=0, world_size=1, local_ranks=local_ranks, **SETTINGS).stage()
+
+    def fits() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # files vanish under rglob
+            return size_of(tmp_path / "stage") <= size / 2
+        return False
+
+    # Not at once: what is there is read in full first.
+    while not fits():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    less.close()
     assert 0 < size_of(tmp_path / "stage") <= size / 2
 
 
