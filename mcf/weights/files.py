@@ -29,6 +29,9 @@ from mcf.mode import as_umask_asks
 # Training scripts keep their command line beside the weights. A namespace is data: opening one runs nothing.
 HARMLESS: list[Callable | tuple[Callable, str]] = [argparse.Namespace]
 
+# What torch.save's pickles began with before they were zips.
+MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -54,7 +57,7 @@ def read(path: str | Path, *, where: str, trust: bool = False) -> WeightFile:
         raise UserError(f"{where}: no such file; check the path")
     try:
         with file.open("rb") as opened:
-            head = opened.read(16)
+            head = opened.read(32)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); check its permissions") from None
     if not head:
@@ -64,6 +67,11 @@ def read(path: str | Path, *, where: str, trust: bool = False) -> WeightFile:
     if head.startswith(b"PK"):
         return _read_pickle(file, where, trust, mapped=_holds_pickle(file, where))
     if head.startswith(b"\x80"):
+        if len(head) == 32 and MAGIC not in head:
+            raise UserError(
+                f"{where}: a pickle that torch.save has not written, and opening such a one may run code; give weights "
+                "written by torch.save, or safetensors"
+            )
         return _read_pickle(file, where, trust, mapped=False)
     raise UserError(
         f"{where}: neither safetensors nor a PyTorch file (it begins with {head[:8]!r}); give a file of weights"

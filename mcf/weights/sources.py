@@ -79,12 +79,13 @@ def read_file(
     return _encoder(tensors, opened.metadata, where, f"{kind} file {path}", clip=kind == "farl")
 
 
-def read_checkpoint(path: str | Path, branch: str, *, where: str) -> Encoder:
+def read_checkpoint(path: str | Path, branch: str, *, where: str, of_file: str = "") -> Encoder:
     """Read a branch (`encoder` or `momentum`) of an own checkpoint: a run directory (its latest), or one checkpoint.
 
     Raises UserError if there is no whole checkpoint, or no such branch in it.
     """
-    folder = find_checkpoint(path, where=where)
+    folder = find_checkpoint(path, where=where, of_file=of_file)
+    _refuse_finetuned(folder, where)
     file = folder / ("weights.safetensors" if branch == "encoder" else "momentum.safetensors")
     opened = files.read(file, where=f"{where}: {file.name} of {folder.name}")
     tensors = _only(opened.content, "encoder.")
@@ -110,13 +111,18 @@ def read_decoder(folder: Path, *, where: str) -> dict[str, Tensor]:
     return {theirs(f"student.decoder.{name}"): tensor for name, tensor in inside.items()}
 
 
-def find_checkpoint(path: str | Path, *, where: str) -> Path:
-    """The checkpoint that a path means: itself, or the latest whole one of a run directory."""
+def find_checkpoint(path: str | Path, *, where: str, of_file: str = "") -> Path:
+    """The checkpoint that a path means: itself, or the latest whole one of a run directory.
+
+    of_file: for messages, what else to do with a file.
+    """
     folder = Path(path)
     if not folder.exists():
         raise UserError(f"{where}: no such directory; give a run directory or a checkpoint in it")
     if not folder.is_dir():
-        raise UserError(f"{where}: is a file; give the run directory, or the folder of one checkpoint (step-…)")
+        raise UserError(
+            f"{where}: is a file; give the run directory, or the folder of one checkpoint (step-…){of_file}"
+        )
     if (folder / "weights.safetensors").exists():
         if damage := checkpoint.verify(folder):
             raise UserError(
@@ -126,6 +132,19 @@ def find_checkpoint(path: str | Path, *, where: str) -> Path:
     if (newest := checkpoint.latest(folder)) is None:
         raise UserError(f"{where}: no whole checkpoint in it; give a run directory that has saved one")
     return newest
+
+
+def _refuse_finetuned(folder: Path, where: str) -> None:
+    """Raise UserError for a checkpoint of mcf.finetune; other faults of run.json are told by who needs it."""
+    try:
+        run = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return
+    if isinstance(run, dict) and "recipe" not in run and isinstance(run.get("finetune"), dict):
+        raise UserError(
+            f"{where}: a fine-tuned model, not a run of pre-training; give the one that it began from "
+            f"({run['finetune'].get('weights')})"
+        )
 
 
 def recipe_of(folder: Path, where: str) -> dict[str, Any]:

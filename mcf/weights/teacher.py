@@ -79,7 +79,8 @@ def _from_path(config: TeacherConfig) -> Encoder:
     if not config.path:
         raise UserError(f"teacher.path is not set, and teacher.source={config.source} reads from there; set it")
     if config.source == "checkpoint":
-        return read_checkpoint(config.path, config.branch, where=where)
+        of_file = "; a file of weights is read with teacher.source=timm, or what else it is (mae, moco_v3, mcf, farl)"
+        return read_checkpoint(config.path, config.branch, where=where, of_file=of_file)
     return read_file(config.path, config.source, where=where, key="teacher.source", branch=config.branch)
 
 

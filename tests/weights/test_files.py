@@ -113,12 +113,24 @@ def test_a_pickle_that_runs_code_is_refused_before_it_does(tmp_path, one_line, z
     assert proof.exists(), "trust must open what it was said to trust"
 
 
-def test_a_plain_pickle_is_refused(tmp_path, one_line):
-    path = tmp_path / "p.pkl"
-    path.write_bytes(pickle.dumps({"a": np.zeros(3)}))
-    with pytest.raises(UserError) as error:
-        files.read(path, where="p")
-    one_line(error.value)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_pickle_that_is_not_of_torch_is_called_so_and_does_not_run(tmp_path, one_line, protocol, trust):
+    """torch itself runs one that is trusted before it sees that it cannot read it."""
+    proof, path = tmp_path / "it-ran", tmp_path / "p.pkl"
+    for content in ({"a": np.zeros(3)}, {"a": RunsCode(proof)}):
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+        with pytest.raises(UserError, match=r"^p: a pickle that torch\.save has not written, and .* run code") as error:
+            files.read(path, where="p", trust=trust)
+        one_line(error.value)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickles_of_old_versions_of_torch_are_read(tmp_path, protocol):
+    path = tmp_path / "old.pth"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    assert files.read(path, where="old", trust=protocol > 2).content["a"].tolist() == [1, 1]
 
 
 def test_a_command_line_beside_the_weights_is_harmless(tmp_path):

@@ -147,6 +147,7 @@ def test_a_teacher_from_a_file_moves_no_random_numbers(tmp_path, vit):
         ({"source": "random", "width": 48, "depth": 2}, "has blocks 0 to 1"),
         ({"source": "random", "patch_size": 7}, "teacher.patch_size=7 does not divide"),
         ({"source": "checkpoint"}, "is a file; give the run directory"),
+        ({"source": "checkpoint"}, "a file of weights is read with teacher.source=timm, or what else it is (mae, "),
         ({"source": "checkpoint", "path": "/nowhere/at/all"}, "no such directory"),
         ({"source": "moco_v3"}, "set teacher.source=timm"),
         ({"path": "/"}, "is a directory"),
@@ -164,6 +165,21 @@ def test_an_image_its_patches_do_not_divide_is_one_line(tmp_path, vit, one_line)
     with pytest.raises(UserError) as error:
         load_teacher(_teacher(path=str(tmp_path / "timm.safetensors")), image_size=36)
     assert "model.image_size=36" in one_line(error.value)
+
+
+@pytest.mark.parametrize("branch", ["encoder", "momentum"])
+def test_a_fine_tuned_run_is_called_so(tmp_path, one_line, branch):
+    """In the files that fine-tuning writes; the run that it began from is named."""
+    with checkpoint.save(tmp_path / "runs/alignment-faces", 16, keep=1) as folder:
+        for name in ("weights", "optimizer", "average"):
+            save_file({"backbone.vit.norm.weight": torch.ones(3)}, folder / f"{name}.safetensors")
+        content = {"format": 1, "progress": {"step": 16}, "finetune": {"task": "alignment", "weights": "runs/began"}}
+        (folder / "run.json").write_text(json.dumps(content))
+    path = tmp_path / "runs/alignment-faces"
+    with pytest.raises(UserError) as error:
+        load_teacher(_teacher(source="checkpoint", path=str(path), branch=branch), image_size=32)
+    expected = "a fine-tuned model, not a run of pre-training; give the one that it began from (runs/began)"
+    assert one_line(error.value) == f"teacher.path={path}: {expected}"
 
 
 @pytest.mark.parametrize("damage", ["no recipe", "no momentum", "empty run"])
