@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from mcf.config import Recipe
 from mcf.errors import UserError
+from mcf.mode import as_umask_asks
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,13 @@ def write(folder: Path, recipe: Recipe, progress: Progress, engine: dict[str, to
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a file of safetensors, readable by whom the umask says; an OSError where the disk is full."""
-    path.touch()
-    mode = path.stat().st_mode
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        with as_umask_asks(path):
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
     except SafetensorError as error:
         # The library wraps I/O errors in its own type and keeps no errno: write a little to have the real one.
         _raise_real_error(path)
         raise OSError(0, f"{path.name}: {error}") from error
-    path.chmod(mode)  # the library's own is for the owner alone
 
 
 def _raise_real_error(path: Path) -> None:

@@ -89,7 +89,7 @@ ARROWS = {
     "mcf.checkpoint": {"mcf.errors", "mcf.exits"},
     "mcf.stop": set(),
     "mcf.guard": {"mcf.config", "mcf.errors"},
-    "mcf.state": {"mcf.config", "mcf.errors"},
+    "mcf.state": {"mcf.config", "mcf.errors", "mcf.mode"},
     "mcf.step": {
         "mcf.attention", "mcf.config", "mcf.data", "mcf.distributed", "mcf.engine", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.plan",
         "mcf.schedule",
