@@ -65,7 +65,7 @@ def work(config: FinetuneConfig, run_dir: Path, *, launched: bool) -> int:
         watchdog.mark("joining")
         world = distributed.join(timeout=distributed.PATIENCE)
         if not launched:
-            distributed.from_main(lambda: take(run_dir, owned))
+            distributed.from_main(lambda: owned.enter_context(held(run_dir)))
             watchdog.open(run_dir)
         distributed.set_threads(world, config.train.threads)
         linear.use("auto")
@@ -84,12 +84,6 @@ def work(config: FinetuneConfig, run_dir: Path, *, launched: bool) -> int:
     if run.interrupted:
         return SAVED
     return INTERRUPTED if stop.for_good and not launched else 0
-
-
-def take(run_dir: Path, owned: contextlib.ExitStack) -> None:
-    """Make a run directory, and own it until `owned` ends. Raises UserError if another living start has it."""
-    checkpoint.make_run_dir(run_dir)
-    owned.enter_context(held(run_dir))
 
 
 def launch(config: FinetuneConfig, run_dir: Path) -> int:

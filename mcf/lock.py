@@ -28,6 +28,7 @@ from typing import Any, TextIO
 import psutil
 
 from mcf import heartbeat, slurm
+from mcf.checkpoint import make_run_dir
 from mcf.errors import UserError
 
 LOCK = "lock.json"
@@ -75,7 +76,11 @@ class RunLock:
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Own a run directory without a launcher: as this process, and as its Slurm job if it is in one."""
+    """Make and own a run directory without a launcher: as this process, and as its Slurm job if it is in one.
+
+    Raises UserError if it cannot be made, or somebody who lives owns it.
+    """
+    make_run_dir(run_dir)
     job = os.environ.get("SLURM_JOB_ID")
     with RunLock(run_dir, job) as lock:
         if job:

@@ -91,7 +91,7 @@ class Training:
         self.tally = Tally(recipe.data.max_bad, self.manifest.samples)
         # Positions of bad samples that an earlier launch has told of: after a kill, some of them come again.
         events = jsonl.read(run_dir / jsonl.EVENTS) if world.is_main else []
-        self.told = {event["position"] for event in events if event.get("kind") == "bad_sample"}
+        self.bad_told = {event["position"] for event in events if event.get("kind") == "bad_sample"}
         self.loader = Loader(
             recipe.data,
             batch=recipe.batch,
@@ -150,13 +150,15 @@ class Training:
                 told = outcome.stop
                 stopping = told or progress.step == last
                 probed = self._probed(told)
-                if stopping or probed or self._due(recipe.train.log_every):
+                logs = stopping or bool(probed) or self._due(recipe.train.log_every)
+                saves = stopping or self._due(recipe.checkpoint.every)
+                if logs or saves:  # a checkpoint counts all bad samples before it
                     self._note_bad_samples(tracker)
+                if logs:
                     self._log(tracker, probed)
                 if recipe.track.images_every and (stopping or self._due(recipe.track.images_every)):
                     self._picture(tracker, outcome)
-                if stopping or self._due(recipe.checkpoint.every):
-                    self._note_bad_samples(tracker)  # a checkpoint counts all before it
+                if saves:
                     failure = self._save(tracker)
                 if stopping:
                     break
@@ -249,7 +251,7 @@ class Training:
         found = [bad for of_rank in distributed.gather_objects(mine) for bad in of_rank]
         for bad in found:
             self.progress.bad_samples += 1
-            if bad.position not in self.told:
+            if bad.position not in self.bad_told:
                 tracker.event("bad_sample", step=self.progress.step, **dataclasses.asdict(bad))
         self.tally.add(found)
 
@@ -283,19 +285,13 @@ def main(argv: list[str] | None = None) -> int:
         recipe, run_dir = distributed.from_main(lambda: read_arguments(argv))
         with contextlib.ExitStack() as owned:
             if launched is None:
-                distributed.from_main(lambda: take(run_dir, owned))
+                distributed.from_main(lambda: owned.enter_context(lock.held(run_dir)))
             watchdog.open(run_dir)
             watchdog.configure(recipe.watchdog)
             interrupted = train(recipe, run_dir, world, stop, watchdog)
     if interrupted:
         return SAVED
     return INTERRUPTED if stop.for_good and launched is None else 0
-
-
-def take(run_dir: Path, owned: contextlib.ExitStack) -> None:
-    """Make a run directory, and own it until `owned` ends. Raises UserError if another living start has it."""
-    checkpoint.make_run_dir(run_dir)
-    owned.enter_context(lock.held(run_dir))
 
 
 def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:

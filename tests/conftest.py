@@ -96,3 +96,13 @@ def world() -> Iterator[distributed.World]:
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A place to launch in, with a stub for the trainer; what was started there ends with the test."""
+    from launch_stub import Place
+
+    place = Place(tmp_path)
+    yield place
+    place.close()

@@ -17,13 +17,6 @@ from launch_stub import Place
 from mcf import cli
 
 
-@pytest.fixture
-def place(tmp_path):
-    place = Place(tmp_path)
-    yield place
-    place.close()
-
-
 def facts(place: Place, rank: int) -> dict:
     return json.loads((place.run / f"facts{rank}.json").read_text())
 

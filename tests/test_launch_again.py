@@ -6,18 +6,10 @@ import signal
 import subprocess
 
 import pytest
-from launch_stub import Place
 
 from mcf.task import JOBS, Status, status_path
 
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]  # process numbers of its own, from 1 on
-
-
-@pytest.fixture
-def place(tmp_path):
-    place = Place(tmp_path)
-    yield place
-    place.close()
 
 
 @pytest.fixture

@@ -6,18 +6,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from launch_stub import Place
 
 from mcf import cli, launch, submit
 from mcf.config import Recipe
 from mcf.errors import UserError
-
-
-@pytest.fixture
-def place(tmp_path):
-    place = Place(tmp_path)
-    yield place
-    place.close()
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ ARROWS = {
     "mcf.snapshot": {"mcf.errors"},
     "mcf.exits": set(),
     "mcf.slurm": {"mcf.errors"},
-    "mcf.lock": {"mcf.errors", "mcf.heartbeat", "mcf.slurm"},
+    "mcf.lock": {"mcf.checkpoint", "mcf.errors", "mcf.heartbeat", "mcf.slurm"},
     "mcf.task": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.exits", "mcf.lock"},
     "mcf.output": {"mcf.track.console"},
     "mcf.ending": {"mcf.checkpoint", "mcf.exits", "mcf.output", "mcf.task", "mcf.track.jsonl"},
