@@ -56,7 +56,7 @@ VERBS = {
 
 # What a machine can refuse at any place. Other errors of the system may be mistakes of the program: a traceback is due.
 _SURROUNDINGS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
-                 errno.EEXIST, errno.ENOTDIR)  # fmt: skip
+                 errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # fmt: skip
 # What may have passed at the next try, without anybody's help: a file system that fails over.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
