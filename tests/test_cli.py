@@ -330,7 +330,14 @@ def test_main_turns_errors_into_a_line_and_a_status(capsys):
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(errno.EACCES, 2), (errno.ENOSPC, 2), (errno.EISDIR, 2), (errno.EIO, 69), (errno.ESTALE, 69), (errno.ENOENT, None)],
+    [
+        (errno.EACCES, 2),
+        (errno.ENOSPC, 2),
+        (errno.EISDIR, 2),
+        (errno.EIO, 69),
+        (errno.ESTALE, 69),
+        (errno.ENOENT, None),
+    ],
 )
 def test_what_the_machine_refuses_is_a_line_and_other_errors_are_not_hidden(capsys, number, status):
     @cli.main
