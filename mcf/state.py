@@ -31,14 +31,6 @@ log = logging.getLogger(__name__)
 WEIGHTS, OPTIMIZER, MOMENTUM, RUN = "weights.safetensors", "optimizer.safetensors", "momentum.safetensors", "run.json"
 FORMAT = 1
 
-# What may differ between two launches of one run. Everything else makes it another run.
-_FREE = (
-    "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "teacher.path", "start.path",
-    "data.path", "data.samples", "data.stage", "data.stage_gb", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
-    "train.zero_stage", "train.threads", "train.log_every", "speed", "checkpoint", "guard", "watchdog",
-    "track", "probe", "slurm",
-)  # fmt: skip
-
 
 @dataclass
 class Progress:
@@ -125,7 +117,9 @@ def check_same_run(folder: Path, recipe: Recipe, data: str) -> Progress:
     theirs = _flat(Recipe().model_dump(mode="json")) | _flat(saved)
     ours = _flat(recipe.model_dump(mode="json"))
     differing = [
-        key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key) and not _free(key)
+        key
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not recipe.may_differ(key)
     ]
     if differing:
         shown = ", ".join(f"{key}={ours.get(key)} (was {theirs.get(key)})" for key in differing[:5])
@@ -165,10 +159,6 @@ def fingerprint(module: torch.nn.Module | None) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in _FREE)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ reads recipes with pydantic and PyYAML alone.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ from mcf.config.running import (
     TrainConfig,
     WatchdogConfig,
 )
-from mcf.config.section import Decay, NonNegative, Positive, Section, Share
+from mcf.config.section import Decay, NonNegative, Positive, Run, Section, Share
 
 __all__ = [
     "CheckpointConfig",
@@ -56,6 +56,7 @@ __all__ = [
     "ProbeConfig",
     "ProbeKeys",
     "Recipe",
+    "Run",
     "Section",
     "Share",
     "SlurmConfig",
@@ -68,8 +69,16 @@ __all__ = [
 ]
 
 
-class Recipe(Section):
-    """A whole run."""
+class Recipe(Run):
+    """A whole run of pre-training."""
+
+    OF_THE_LAUNCH: ClassVar[tuple[str, ...]] = (
+        "output", "nodes", "gpus_per_node", "machine", "micro_batch", "kernels", "attention", "data.samples", "data.stage",
+        "data.stage_gb", "data.decoder", "data.threads", "data.prefetch", "data.max_bad", "train.stop_after",
+        "train.zero_stage", "train.threads", "train.log_every", "speed", "checkpoint", "guard", "watchdog", "track",
+        "probe", "slurm",
+    )  # fmt: skip
+    PLACES: ClassVar[tuple[str, ...]] = ("data.path", "teacher.path", "start.path")
 
     name: str = Field(
         "mcf", description="name of the run; its directory is output/name", pattern=r"^[A-Za-z0-9][\w.+-]*$"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from mcf.config import (
     OptimizerConfig,
     Positive,
     Recipe,
+    Run,
     Section,
     Share,
     SlurmConfig,
@@ -79,12 +80,18 @@ class FinetuneTrackConfig(TrackConfig):
     experiment: str = Field("mcf-downstream", description="MLflow experiment")
 
 
-class FinetuneConfig(Section):
+class FinetuneConfig(Run):
     """Train a head for alignment or parsing on an encoder, and evaluate it by FaRL's protocol.
 
     For example: python -m mcf.finetune task=parsing dataset=lapa data=LaPa weights=runs/mine
     A run that was cut off goes on when it is started again with the same keys.
     """
+
+    OF_THE_LAUNCH: ClassVar[tuple[str, ...]] = (
+        "mode", "nodes", "gpus_per_node", "slurm", "output", "micro_batch", "pictures", "attention", "train.stop_after",
+        "train.zero_stage", "train.threads", "train.readers", "train.log_every", "checkpoint", "guard", "watchdog", "track",
+    )  # fmt: skip
+    PLACES: ClassVar[tuple[str, ...]] = ("data", "weights")
 
     task: Literal["alignment", "parsing"] = Field(description="points of a face, or a class for each pixel")
     dataset: str = Field(

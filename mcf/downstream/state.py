@@ -27,12 +27,6 @@ from mcf.state import OPTIMIZER, RUN, WEIGHTS, save_tensors, versions
 AVERAGE = "average.safetensors"
 FORMAT = 1
 
-# What may differ between two starts of one run.
-_FREE = (
-    "mode", "nodes", "gpus_per_node", "slurm", "output", "data", "weights", "micro_batch", "pictures", "attention", "train.stop_after", "train.zero_stage",
-    "train.threads", "train.readers", "train.log_every", "checkpoint", "guard", "watchdog", "track",
-)  # fmt: skip
-
 
 @dataclass
 class Progress:
@@ -71,7 +65,7 @@ def check_same_run(folder: Path, config: FinetuneConfig, data: str) -> Progress:
     if content["format"] != FORMAT:
         raise UserError(f"{folder}: format {content['format']}, this version reads {FORMAT}; give another name=")
     ours, theirs = flatten(config), flatten(FinetuneConfig.model_validate(content["finetune"]))
-    differing = [key for key in ours if ours[key] != theirs[key] and not _free(key)]
+    differing = [key for key in ours if ours[key] != theirs[key] and not config.may_differ(key)]
     if differing:
         shown = ", ".join(f"{key}={render(ours[key])} (was {render(theirs[key])})" for key in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -91,7 +85,3 @@ def fingerprint(*splits: Iterable[Face]) -> str:
             digest.update(face.name.encode())
             digest.update(b"" if face.points is None else face.points.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in _FREE)

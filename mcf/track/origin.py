@@ -39,6 +39,9 @@ class Tracked(Protocol):
     def model_dump(self, *, mode: str) -> dict[str, Any]:
         """All keys, as plain values."""
 
+    def is_of_the_launch(self, key: str) -> bool:
+        """Whether a dotted key says how a run is run, and not what it computes."""
+
 
 @cache
 def code_version() -> str:

@@ -1,4 +1,4 @@
-"""What MLflow takes at most, and which keys of a recipe make another run of it."""
+"""What MLflow takes at most."""
 
 from __future__ import annotations
 
@@ -41,14 +41,3 @@ def test_many_records_at_once_are_cut_into_requests_that_mlflow_takes(tmp_path, 
 def test_values_are_no_longer_than_mlflow_takes():
     """Its documented limit of a parameter is 6,000 letters."""
     assert mlflow_run.flatten({"data": {"path": "x" * 7000}, "none": {}}) == {"data.path": "x" * 6000, "none": "{}"}
-
-
-def test_what_is_computed_makes_another_run_and_how_it_is_run_does_not(tmp_path):
-    keys = mlflow_run.flatten(recipe(tmp_path).model_dump(mode="json"))
-    free = {key for key in keys if mlflow_run.OF_THE_LAUNCH.match(key)}
-    sections = {key for key in keys if key.partition(".")[0] in ("track", "slurm", "checkpoint")}
-    assert free - sections == {
-        "nodes", "gpus_per_node", "output", "train.stop_after", "train.threads", "train.log_every", "data.threads",
-        "data.prefetch",
-    }  # fmt: skip
-    assert sections <= free

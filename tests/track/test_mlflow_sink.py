@@ -153,6 +153,27 @@ def test_another_recipe_from_scratch_is_another_mlflow_run(tmp_path, quick, stor
     assert history(local(tmp_path), ids[2]) == [(10, 1.0), (30, 1.0)]
 
 
+@pytest.mark.parametrize(
+    ("changed", "another"),
+    [
+        ({"micro_batch": 2, "kernels": "reference", "attention": "sdpa"}, False),
+        ({"guard": {"max_bad_steps": 3}, "watchdog": {"timeout": 60.0}, "speed": {"linear": "torch"}}, False),
+        ({"queue": 5, "slurm": {"partition": "gpu"}, "data": {"max_bad": 0.5}}, False),
+        ({"optimizer": {"lr": 1e-3}}, True),
+        # Where files lie is no matter when a run goes on; from scratch they are likely to be other files.
+        ({"data": {"path": "elsewhere"}}, True),
+    ],
+)  # fmt: skip
+def test_from_scratch_with_other_keys(tmp_path, quick, store, changed, another):
+    ids = []
+    for keys in ({}, changed):
+        tracker = Tracker(recipe(tmp_path, **keys), tmp_path / "run", start=0)
+        tracker.metrics(10, {"loss/total": 1.0})
+        tracker.close()
+        ids.append(tracker.run_id)
+    assert (ids[0] != ids[1]) == another
+
+
 def test_the_ledger_is_lost_but_the_checkpoint_knows_the_run(tmp_path, quick, store):
     first = Tracker(recipe(tmp_path), tmp_path / "run")
     first.metrics(1, numbers(1))

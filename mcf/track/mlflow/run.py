@@ -7,7 +7,6 @@ MLflow run across restarts; a checkpoint names it too.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,11 +28,6 @@ EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     NOTE: "Face encoders (Mask Contrastive Face): one run is one training run.",
 }
-
-# Keys that may differ between two launches of one training run: how it is run, not what is computed.
-OF_THE_LAUNCH = re.compile(
-    r"(track|slurm|checkpoint)\.|(nodes|gpus_per_node|output|train\.(stop_after|threads|log_every)|data\.(threads|prefetch))$"
-)
 
 
 class MLflowRun:
@@ -87,7 +81,7 @@ class MLflowRun:
                 if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                     raise
                 continue
-            another = self._start == 0 and any(not OF_THE_LAUNCH.match(key) for key in self._changed(run))
+            another = self._start == 0 and any(not self._recipe.is_of_the_launch(key) for key in self._changed(run))
             if run.info.lifecycle_stage == "active" and not another:
                 client.update_run(run_id, status="RUNNING")
                 return run
