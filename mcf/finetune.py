@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from mcf import checkpoint, cli, snapshot
+from mcf import atomic, checkpoint, cli, snapshot
 from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
 from mcf.exits import INTERRUPTED, SAVED, leave_at_once
@@ -101,9 +101,7 @@ def launch(config: FinetuneConfig, run_dir: Path) -> int:
         snapshot.take(run_dir)
         # Of a job the launcher knows what stands in a recipe: its name, its ranks, what Slurm is asked for.
         for name, content in ((CONFIG, config.model_copy(update={"mode": "here"})), (RECIPE, recipe)):
-            staged = (run_dir / name).with_suffix(".tmp")
-            staged.write_text(cli.dump(content), encoding="utf-8")
-            staged.replace(run_dir / name)
+            atomic.write(run_dir / name, cli.dump(content))
         task = Rank((*COMMAND, f"run={run_dir}"), run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))
         if config.mode == "local":
             return run_here(recipe, run_dir, task, lock)

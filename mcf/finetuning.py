@@ -15,18 +15,19 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mcf import checkpoint, distributed
+from mcf import atomic, checkpoint, distributed
 from mcf.downstream import report, saved, state
 from mcf.downstream.alignment import Alignment
 from mcf.downstream.backbone import load_backbone
 from mcf.downstream.config import FinetuneConfig
 from mcf.downstream.datasets import Face, open_faces
-from mcf.downstream.datasets.parsing import split_by_person
+from mcf.downstream.datasets.splits import chosen_faces
 from mcf.downstream.loader import Batch, Loader
 from mcf.downstream.network import Average, Network, build_decoder
 from mcf.downstream.parsing import Parsing
@@ -56,7 +57,7 @@ class Finetuning:
         self.set = open_faces(config.task, config.dataset, config.data)
         self.train, self.validation = chosen_faces(self.set.train, config)
         self.epochs = config.train.epochs or self.set.epochs
-        self.local_batch, self.accumulation = shares(config, world.size)
+        self.local_batch, self.accumulation = config.shares(world.size)
         if len(self.train) < config.batch:
             raise UserError(
                 f"batch={config.batch}, but there are {len(self.train)} faces to train on; use a smaller batch"
@@ -283,23 +284,35 @@ class Finetuning:
         return self.task.score(faces, [result for _, result in everything])
 
     def finish(self, tracker: Tracker) -> None:
-        """Evaluate the chosen weights once more, for the report and the pictures. Collective."""
+        """Evaluate the chosen weights once more, for the report and the pictures. Collective.
+
+        UserError where metrics.json cannot be written: a later start has only this to do again.
+        """
         distributed.barrier()
         network, _ = saved.load(str(self.run_dir), self.config.task)
         scores = self.evaluate(network.to(self.world.device), self.set.test)
+        failed: str | None = None
         if self.world.is_main:
             results = choose(self.progress.history, self.task.headline, self.task.better, bool(self.validation))
             results |= {"task": self.config.task, "dataset": self.config.dataset, "history": self.progress.history}
-            (self.run_dir / METRICS).write_text(json.dumps(results, indent=1) + "\n")
-            if self.config.pictures:
-                drawn = report.pictures(self.set, self.task, scores, network, self.loader, self.config.pictures)
-                for name, picture in drawn.items():
-                    tracker.image(self.progress.step, name, picture)
-            print(
-                f"\n{report.table(results)}\n\nmetrics    {self.run_dir / METRICS}\nmodel      {self.run_dir / saved.FILE}"
-            )
-            print(f"pictures   {self.run_dir / 'images'}", flush=True)
-        distributed.barrier()
+            try:
+                atomic.write(self.run_dir / METRICS, json.dumps(results, indent=1) + "\n")
+            except OSError as error:
+                failed = f"{self.run_dir / METRICS}: cannot be written ({error.strerror})"
+            else:
+                self.show(results, scores, network, tracker)
+        if failed := distributed.broadcast(failed):
+            raise UserError(f"{failed}; free some space, then start again: nothing is trained anew")
+
+    def show(self, results: dict[str, Any], scores: Scores, network: Network, tracker: Tracker) -> None:
+        """The outcome as pictures and as a table."""
+        if self.config.pictures:
+            drawn = report.pictures(self.set, self.task, scores, network, self.loader, self.config.pictures)
+            for name, picture in drawn.items():
+                tracker.image(self.progress.step, name, picture)
+        print(f"\n{report.table(results)}\n")
+        print(f"metrics    {self.run_dir / METRICS}\nmodel      {self.run_dir / saved.FILE}")
+        print(f"pictures   {self.run_dir / 'images'}", flush=True)
 
     def save(self, tracker: Tracker, *, raises: bool) -> None:
         """Save a checkpoint. One that fails is told, and ends the run only where it is its outcome. Collective."""
@@ -323,27 +336,3 @@ class Finetuning:
         failed = distributed.broadcast(failed)
         if failed and raises:
             raise UserError(f"{failed}, then start again: the run goes on from there")
-
-
-def chosen_faces(train: list[Face], config: FinetuneConfig) -> tuple[list[Face], list[Face]]:
-    """Faces to train on, and those held out to choose the epoch; `labels` of the former, spread over the split."""
-    held: list[Face] = []
-    if config.validation:
-        train, held = split_by_person(train, config.validation)
-    if config.labels is not None and config.labels < len(train):
-        train = [train[i] for i in np.linspace(0, len(train) - 1, config.labels).round().astype(int)]
-    return train, held
-
-
-def shares(config: FinetuneConfig, ranks: int) -> tuple[int, int]:
-    """Faces that a rank handles at once, and micro-batches a step; UserError if they do not make up the batch."""
-    share, rest = divmod(config.batch, ranks)
-    local = min(config.micro_batch, max(share, 1))
-    if rest or share % local:
-        raise UserError(
-            f"batch={config.batch} cannot be cut into {ranks} ranks × micro-batches of {local}; "
-            f"use batch={max(1, share // local) * local * ranks}, or another micro_batch"
-        )
-    if local * ranks < 2:
-        raise UserError("one face at a time leaves BatchNorm nothing to normalise with; use micro_batch=2 or more")
-    return local, share // local

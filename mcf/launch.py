@@ -20,7 +20,7 @@ from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
-from mcf import checkpoint, cli, slurm, snapshot
+from mcf import atomic, checkpoint, cli, slurm, snapshot
 from mcf.config import Recipe, Section
 from mcf.errors import UserError
 from mcf.follow import follow_slurm
@@ -198,9 +198,7 @@ def prepare(run_dir: Path, recipe: Recipe, out: TextIO) -> None:
     if file.is_file():
         print(f"going on with {run_dir}", *changes(file, recipe), sep="\n", file=out, flush=True)
     snapshot.take(run_dir)
-    staged = file.with_suffix(".tmp")
-    staged.write_text(cli.dump(recipe), encoding="utf-8")
-    staged.replace(file)
+    atomic.write(file, cli.dump(recipe))
 
 
 def changes(file: Path, recipe: Recipe) -> list[str]:

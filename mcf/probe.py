@@ -9,14 +9,13 @@ The same as `probe.every` and `probe.data` of a recipe, for any weights that the
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from mcf import checks, cli
+from mcf import atomic, checks, cli
 from mcf.config import NonNegative, Positive, ProbeKeys
 from mcf.errors import UserError
 
@@ -78,10 +77,8 @@ def report(told: dict[str, float], about: str, origin: str) -> str:
 
 def write(path: Path, content: dict) -> None:
     """The numbers as JSON, whole or not at all; NaN as text."""
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     plain = {name: str(value) if value != value else value for name, value in content.items()}
-    staged.write_text(json.dumps(plain, indent=1) + "\n")
-    staged.replace(path)
+    atomic.write(path, json.dumps(plain, indent=1) + "\n")
 
 
 if __name__ == "__main__":

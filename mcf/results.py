@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mcf import cli
+from mcf import atomic, cli
 from mcf.config import NonNegative, Positive, Section
 from mcf.errors import UserError
 from mcf.track.jsonl import EVENTS, read
@@ -179,9 +179,7 @@ def claim(out: Path, config: ResultsConfig) -> None:
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    half = note.with_name(f"{note.name}.tmp")
-    half.write_text(json.dumps(new, indent=1) + "\n")
-    half.replace(note)
+    atomic.write(note, json.dumps(new, indent=1) + "\n")
 
 
 # --- pictures without labels ----------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ from mcf import checkpoint, cli, distributed, finetune
 from mcf.downstream import saved, state
 from mcf.downstream.config import FinetuneConfig
 from mcf.downstream.datasets import Face
+from mcf.downstream.datasets.splits import chosen_faces
 from mcf.downstream.scores import choose
 from mcf.engine import Engine
 from mcf.errors import UserError
 from mcf.exits import INTERRUPTED, SAVED
-from mcf.finetuning import Finetuning, chosen_faces
+from mcf.finetuning import METRICS, Finetuning
 from mcf.models.vit import VisionTransformer
 from mcf.track.jsonl import read
 from mcf.weights import files
@@ -147,7 +148,7 @@ def test_a_checkpoint_and_the_lines_up_to_it_outlive_a_power_loss(start, tmp_pat
     lines = [tmp_path / "run" / name for name in ("metrics.jsonl", "events.jsonl")]
     disk = Disk(monkeypatch, *lines)
     start(checkpoint={"every": 3}).run(GOES_ON)
-    assert [new for _, new in disk.renamed] == ["step-00000003", saved.FILE, "step-00000006"]
+    assert [new for _, new in disk.renamed] == ["step-00000003", saved.FILE, "step-00000006", METRICS]
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.5])
@@ -179,6 +180,20 @@ def test_weights_that_cannot_be_written_at_the_last_evaluation_are_the_outcome(s
     monkeypatch.setattr(distributed, "broadcast", lambda _: "rank 0's disk is full")
     with pytest.raises(UserError, match="rank 0's disk is full, then start again"):
         run.keep(None, run.network(), 3)
+
+
+def test_metrics_that_cannot_be_written_are_the_outcome_and_trained_for_no_more(start, tmp_path, monkeypatch):
+    (tmp_path / "run" / METRICS).mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=rf"{METRICS}: cannot be written \(Is a directory\); .* nothing is trained anew"
+    ):
+        start().run(GOES_ON)
+    assert sorted(path.name for path in (tmp_path / "run").glob("metrics*")) == [METRICS, "metrics.jsonl"]
+    (tmp_path / "run" / METRICS).rmdir()
+    run = start()
+    monkeypatch.setattr(run, "step", lambda *_: pytest.fail("there is nothing to train"))
+    assert run.run(GOES_ON)
+    assert json.loads((tmp_path / "run" / METRICS).read_text())["selected"]["epoch"] == 3
 
 
 def test_an_epoch_without_a_number_of_held_out_faces_is_not_selected():

@@ -29,6 +29,7 @@ ARROWS = {
     # What needs nothing but itself.
     "mcf.errors": set(),
     "mcf.mode": set(),
+    "mcf.atomic": set(),
     "mcf.config": {"mcf.errors"},
     "mcf.kernels": set(),
     "mcf.schedule": {"mcf.config"},
@@ -58,15 +59,15 @@ ARROWS = {
     },
     "mcf.submit": {"mcf.config", "mcf.errors", "mcf.slurm", "mcf.task"},
     "mcf.launch": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot",
+        "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.errors", "mcf.machine", "mcf.plan", "mcf.slurm", "mcf.snapshot",
         "mcf.local", "mcf.lock", "mcf.submit", "mcf.task", "mcf.follow",
     },
     "mcf.local": {"mcf.config", "mcf.errors", "mcf.follow", "mcf.lock", "mcf.submit", "mcf.task"},
     # The rooms.
-    "mcf.data": {"mcf.config", "mcf.errors", "mcf.exits", "mcf.kernels"},
-    "mcf.data.faces": {"mcf.cli", "mcf.config", "mcf.errors"},
+    "mcf.data": {"mcf.atomic", "mcf.config", "mcf.errors", "mcf.exits", "mcf.kernels"},
+    "mcf.data.faces": {"mcf.atomic", "mcf.cli", "mcf.config", "mcf.errors"},
     "mcf.pack": {
-        "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.data.jpeg",
+        "mcf.atomic", "mcf.cli", "mcf.config", "mcf.errors", "mcf.data.shards", "mcf.data.sheet", "mcf.data.dali", "mcf.data.jpeg",
         "mcf.data.encoding", "mcf.data.ustar", "mcf.slurm",
     },
     "mcf.memory": set(),
@@ -76,8 +77,8 @@ ARROWS = {
     "mcf.attention_table": {"mcf.errors", "mcf.processor"},
     "mcf.attention": {"mcf.attention_table", "mcf.errors"},
     "mcf.models": {"mcf.attention", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.sharding"},
-    "mcf.weights": {"mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors", "mcf.mode"},
-    "mcf.track": {"mcf.config", "mcf.errors"},
+    "mcf.weights": {"mcf.atomic", "mcf.models", "mcf.checkpoint", "mcf.config", "mcf.errors", "mcf.mode"},
+    "mcf.track": {"mcf.atomic", "mcf.config", "mcf.errors"},
     "mcf.rendezvous": {"mcf.errors"},
     "mcf.distributed": {"mcf.errors", "mcf.exits", "mcf.rendezvous"},
     "mcf.spread": {"mcf.distributed"},
@@ -105,18 +106,18 @@ ARROWS = {
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
     "mcf.finetuning": {
-        "mcf.checkpoint", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.guard", "mcf.state", "mcf.stop",
+        "mcf.atomic", "mcf.checkpoint", "mcf.distributed", "mcf.downstream", "mcf.engine", "mcf.errors", "mcf.guard", "mcf.state", "mcf.stop",
         "mcf.track", "mcf.watchdog",
     },
     "mcf.finetune": {
-        "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
+        "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
         "mcf.linear", "mcf.local", "mcf.lock", "mcf.memory", "mcf.rendezvous", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
     },
     "mcf.probe": {
-        "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",
+        "mcf.atomic", "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",
     },
     "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.linear"},
-    "mcf.results": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
+    "mcf.results": {"mcf.atomic", "mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
     "mcf.export": {

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mcf import atomic
 from mcf.data import ustar
 from mcf.data.storage import Storage, is_remote, storage_of
 from mcf.errors import UserError
@@ -237,18 +238,8 @@ def write_manifest(path: str | Path, shards: list[Shard], meta: dict[str, Any]) 
         "meta": meta,
         "shards": [vars(s) for s in shards],
     }
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
+    atomic.write(folder / MANIFEST, json.dumps(content, indent=1).encode())
     return load_manifest(folder)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there under its name, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class _Hashing:
@@ -304,7 +295,7 @@ class ShardWriter:
         index = np.array(self._rows, dtype=[("offset", "<i8"), ("size", "<i8"), ("key", f"S{width}")])
         buffer = io.BytesIO()
         np.save(buffer, index)
-        write_atomically(index_path(self.path), buffer.getvalue())
+        atomic.write(index_path(self.path), buffer.getvalue())
         size = self._temporary.stat().st_size
         self._temporary.replace(self.path)
         return Shard(self.path.name, len(self._rows), size, self._hashing.sha256.hexdigest())

@@ -22,6 +22,7 @@ from mcf.config import (
     TrainConfig,
     WatchdogConfig,
 )
+from mcf.errors import UserError
 
 # Learning rate of pyramid and head (DOWNSTREAM 1).
 HEAD_LR = {"alignment": 1e-2, "parsing": 1e-3}
@@ -174,6 +175,19 @@ class FinetuneConfig(Run):
     def lr(self) -> float:
         """Learning rate of pyramid and head before the drop."""
         return self.optimizer.lr or HEAD_LR[self.task]
+
+    def shares(self, ranks: int) -> tuple[int, int]:
+        """Faces that a rank handles at once, and micro-batches a step; UserError if they do not make up the batch."""
+        share, rest = divmod(self.batch, ranks)
+        local = min(self.micro_batch, max(share, 1))
+        if rest or share % local:
+            raise UserError(
+                f"batch={self.batch} cannot be cut into {ranks} ranks × micro-batches of {local}; "
+                f"use batch={max(1, share // local) * local * ranks}, or another micro_batch"
+            )
+        if local * ranks < 2:
+            raise UserError("one face at a time leaves BatchNorm nothing to normalise with; use micro_batch=2 or more")
+        return local, share // local
 
     def recipe(self, ranks: int | None = None) -> Recipe:
         """What launcher, engine and tracker read of a run, as the recipe that they know; for so many ranks, if given."""

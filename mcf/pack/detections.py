@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mcf.data.shards import write_atomically
+from mcf import atomic
 from mcf.errors import UserError
 from mcf.pack.faces import COLUMNS, Face
 
@@ -124,7 +124,7 @@ def _convert(file: Path, folder: Path) -> None:
     scratch.mkdir()
     for name, array in (("ids", ids), ("first", first), ("faces", faces)):
         np.save(scratch / f"{name}.npy", array)
-    write_atomically(scratch / "source.json", json.dumps(stamp).encode())
+    atomic.write(scratch / "source.json", json.dumps(stamp).encode())
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
 

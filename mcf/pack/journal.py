@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcf.data.shards import MANIFEST, UNFINISHED, Shard, index_path, load_manifest, write_atomically
+from mcf import atomic
+from mcf.data.shards import MANIFEST, UNFINISHED, Shard, index_path, load_manifest
 from mcf.errors import UserError
 from mcf.pack.report import Tally
 
@@ -78,7 +79,7 @@ class Journal:
             refuse_difference(self.out, json.loads(file.read_text()), settings)
             self._resume()
         else:
-            write_atomically(file, json.dumps(settings).encode())
+            atomic.write(file, json.dumps(settings).encode())
             self._resume()
 
     def _resume(self) -> None:
@@ -102,7 +103,7 @@ class Journal:
     def commit(self, record: Record) -> None:
         """Remember that a shard is in place."""
         content = {"shard": vars(record.shard), "done": record.done, "tally": record.tally.to_json()}
-        write_atomically(self._record(len(self.records)), json.dumps(content).encode())
+        atomic.write(self._record(len(self.records)), json.dumps(content).encode())
         self.records.append(record)
 
     def close(self) -> None:

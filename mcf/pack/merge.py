@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mcf.data.shards import UNFINISHED, Manifest, Shard, index_path, rewrite, write_atomically, write_manifest
+from mcf import atomic
+from mcf.data.shards import UNFINISHED, Manifest, Shard, index_path, rewrite, write_manifest
 from mcf.errors import UserError
 from mcf.pack.inputs import Source
 from mcf.pack.options import PackConfig
@@ -147,7 +148,7 @@ def _place(record: Record, parts: Path, placed: Path, out: Path, kept: np.ndarra
         for file, to in ((index_path(tar), index_path(target)), (tar, target)):
             if file.exists():  # else it was renamed before an interruption
                 file.replace(to)
-    write_atomically(note, json.dumps(shard and asdict(shard)).encode())
+    atomic.write(note, json.dumps(shard and asdict(shard)).encode())
     tar.unlink(missing_ok=True)
     index_path(tar).unlink(missing_ok=True)
     return shard

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mcf.data.shards import Manifest, load_manifest, write_atomically
+from mcf import atomic
+from mcf.data.shards import Manifest, load_manifest
 from mcf.data.sheet import sheet
 from mcf.errors import UserError
 from mcf.pack.report import REPORT, balance, tables
@@ -52,7 +53,7 @@ def write_page(folder: Path) -> Path:
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
     )
-    write_atomically(folder / PAGE, page.encode())
+    atomic.write(folder / PAGE, page.encode())
     return folder / PAGE
 
 

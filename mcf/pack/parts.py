@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from mcf.data.shards import Shard, ShardWriter, index_path, rewrite, write_atomically
+from mcf import atomic
+from mcf.data.shards import Shard, ShardWriter, index_path, rewrite
 from mcf.errors import UserError
 from mcf.pack import convert, detections, tars
 from mcf.pack.checking import Checker
@@ -262,7 +263,7 @@ class _Part:
             for file in (rows_path(tar), index_path(tar), tar):
                 file.replace(parts / file.name)
         scratch = self.scratch / "record"
-        write_atomically(scratch, json.dumps(record.to_json()).encode())
+        atomic.write(scratch, json.dumps(record.to_json()).encode())
         scratch.replace(record_path(parts, number))
         return record
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mcf.data.shards import write_atomically
+from mcf import atomic
 from mcf.pack.convert import Prepared
 from mcf.pack.source import LeftOut
 
@@ -150,8 +150,8 @@ def write_report(
         "files_left_out": [vars(file) for file in files],
         "files_not_listed": tally.unlisted.total(),
     }
-    write_atomically(out / PAGE, _page(content, files).encode())
-    write_atomically(out / REPORT, json.dumps(content, indent=1).encode())
+    atomic.write(out / PAGE, _page(content, files).encode())
+    atomic.write(out / REPORT, json.dumps(content, indent=1).encode())
     return counts
 
 

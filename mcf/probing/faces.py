@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mcf.config import ProbeKeys
 from mcf.downstream.datasets.faceset import Face, box_around, no_heading, read_image, table_points, table_rows
-from mcf.downstream.datasets.parsing import split_by_person
+from mcf.downstream.datasets.splits import split_by_person
 from mcf.downstream.loader import whole_box
 from mcf.errors import UserError
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from mcf import atomic
 from mcf.track import jsonl
 from mcf.track.console import Console
 from mcf.track.origin import Tracked, describe, plan_value
@@ -134,9 +135,8 @@ class Tracker:
 
             path = self.run_dir / IMAGES / f"step-{step:06d}-{name}.png"
             path.parent.mkdir(exist_ok=True)
-            staged = path.with_suffix(".tmp")
-            Image.fromarray(array).save(staged, format="PNG")
-            staged.replace(path)
+            with atomic.replacing(path, sync=False) as staged:
+                Image.fromarray(array).save(staged, format="PNG")
             if self._mlflow is not None:
                 self._mlflow.artifact(path, IMAGES)
             return path

@@ -8,7 +8,6 @@ Every way in which a file can be unreadable ends in a `UserError` of one line.
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 import warnings
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mcf import atomic
 from mcf.errors import UserError
 from mcf.mode import as_umask_asks
 
@@ -91,22 +91,17 @@ def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]
             f"out={file}: {'is a directory' if file.is_dir() else 'its folder does not exist'}; give a file"
         )
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        if file.suffix in (".pth", ".pt"):
-            torch.save(content, temporary)
-        else:
-            with as_umask_asks(temporary):
-                save_file(content, temporary, metadata={"format": "pt", **metadata})
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.replace(file)
+        with atomic.replacing(file) as temporary:
+            if file.suffix in (".pth", ".pt"):
+                torch.save(content, temporary)
+            else:
+                with as_umask_asks(temporary):
+                    save_file(content, temporary, metadata={"format": "pt", **metadata})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
             f"out={file}: cannot be written ({_first_line(error)}); free some space or choose another folder"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_safetensors(file: Path, where: str) -> WeightFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcf import atomic
 from mcf.errors import UserError, missing_package
 from mcf.models.patches import MEAN, STD
 from mcf.models.vit import VisionTransformer
@@ -76,22 +76,19 @@ def write(
             dynamic_shapes=shapes,
         )  # fmt: skip
     program.model.metadata_props.update(metadata)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        program.save(temporary, external_data=False)
-        difference = compare(temporary, network, image_size)
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"out={file}: onnxruntime computes something else (by {difference:.1e} of the largest output); not written, "
-                "try other versions of torch, onnxscript and onnxruntime"
-            )
-        temporary.replace(file)
+        with atomic.replacing(file) as temporary:
+            program.save(temporary, external_data=False)
+            difference = compare(temporary, network, image_size)
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"out={file}: onnxruntime computes something else (by {difference:.1e} of the largest output); not "
+                    "written, try other versions of torch, onnxscript and onnxruntime"
+                )
     except OSError as error:
         raise UserError(
             f"out={file}: cannot be written ({error.strerror}); free some space or choose another folder"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return difference
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mcf import atomic
 from mcf.data.faces.parameters import sample
 from mcf.data.faces.render import draw, landmarks
 from mcf.errors import UserError
@@ -83,7 +84,7 @@ def _claim(out: Path, settings: Settings) -> None:
             other = None
         if other != asdict(settings):
             raise UserError(f"out={out} holds faces of other settings ({note.name}: {other}); choose another folder")
-    _write(note, json.dumps(asdict(settings)).encode())
+    atomic.write(note, json.dumps(asdict(settings)).encode(), sync=False)
 
 
 def _map(out: Path, settings: Settings, chunks: list[range], workers: int) -> Iterator[dict[int, list[str]]]:
@@ -117,8 +118,8 @@ def _draw_chunk(out: Path, settings: Settings, indices: range) -> dict[int, list
         else:
             face = draw(parameters, settings.size)
             points = face.landmarks
-            _write(mask, _png(face.mask))
-            _write(image, _jpeg(face.image, settings.quality))
+            atomic.write(mask, _png(face.mask), sync=False)
+            atomic.write(image, _jpeg(face.image, settings.quality), sync=False)
         person = f"person_{parameters.identity.person:05d}"
         rows[index] = [image.name, person, *(f"{value:.2f}" for value in points.ravel())]
     return rows
@@ -143,15 +144,4 @@ def _write_table(path: Path, rows: list[list[str]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "person", *(f"{axis}{i}" for i in range(68) for axis in "xy")])
     writer.writerows(rows)
-    _write(path, text.getvalue().encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not there; the machine may crash, but generated faces are quickly drawn again: no fsync."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    atomic.write(path, text.getvalue().encode(), sync=False)

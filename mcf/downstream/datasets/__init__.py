@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mcf.downstream.datasets import alignment, parsing
 from mcf.downstream.datasets.faceset import Face, FaceSet, Task, checked, need
+from mcf.downstream.datasets.splits import split_by_person
 from mcf.errors import UserError
 
 __all__ = ["READERS", "Face", "FaceSet", "open_faces"]
@@ -18,7 +19,7 @@ DRAWN_TEST = 0.2  # share of the people of generated faces that are tested on
 def _drawn_points(root: Path) -> FaceSet:
     """Points of generated faces (mcf.data.faces): a fifth of the people are the test set."""
     need(root, "faces", "images/", "masks/", "landmarks.csv")
-    train, test = parsing.split_by_person(_drawn(root), DRAWN_TEST)
+    train, test = split_by_person(_drawn(root), DRAWN_TEST)
     return alignment.of_table("faces", train, test, [])
 
 
@@ -32,7 +33,7 @@ def _drawn_masks(root: Path) -> FaceSet:
     for face in faces:
         if face.labels is not None and not face.labels.is_file():
             raise UserError(f"{face.labels}: no such mask, but there is an image for it; draw the faces again")
-    return parsing.of_masks("faces", *parsing.split_by_person(faces, DRAWN_TEST), parsing.CELEBAMASK_CLASSES)
+    return parsing.of_masks("faces", *split_by_person(faces, DRAWN_TEST), parsing.CELEBAMASK_CLASSES)
 
 
 def _drawn(root: Path) -> list[Face]:

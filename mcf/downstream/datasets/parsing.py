@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from mcf.downstream.datasets.faceset import Face, FaceSet, count_note, need, table_points
 from mcf.errors import UserError
 
@@ -138,20 +136,3 @@ def _pairs(images: Path, labels: Path) -> dict[str, Path]:
                 "add what is missing, or take the others away"
             )
     return found
-
-
-def split_by_person(faces: list[Face], share: float) -> tuple[list[Face], list[Face]]:
-    """Faces cut in two, the second part holding about `share` of the people: nobody stands on both sides.
-
-    People are taken in the order of their names, spread evenly; faces without a person are each their own.
-    """
-    people = sorted({face.person or face.name for face in faces})
-    held = (
-        {people[int(i)] for i in np.linspace(0, len(people) - 1, max(1, round(len(people) * share)))}
-        if people
-        else set()
-    )
-    return (
-        [face for face in faces if (face.person or face.name) not in held],
-        [face for face in faces if (face.person or face.name) in held],
-    )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mcf import atomic
 from mcf.track.mlflow.server import artifact_location
 from mcf.track.origin import NOTE, Tracked, tags
 
@@ -151,9 +152,7 @@ class MLflowRun:
         except (OSError, ValueError):
             known = {}
         if known.get(self._uri) != self.id:
-            staged = path.with_suffix(".tmp")
-            staged.write_text(json.dumps({**known, self._uri: self.id}, indent=1) + "\n")
-            staged.replace(path)
+            atomic.write(path, json.dumps({**known, self._uri: self.id}, indent=1) + "\n")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
