@@ -127,7 +127,8 @@ def read_boxes(path: str, pictures: Sequence[Path]) -> dict[str, np.ndarray]:
 
     file, where = Path(path).expanduser(), f"boxes={path}"
     if not file.is_file():
-        raise UserError(f"{where}: no such file; give CSV of file,left,top,right,bottom")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{where}: {what}; give CSV of file,left,top,right,bottom")
     boxes: dict[str, np.ndarray] = {}
     for number, row in enumerate(table_rows(file, where), 1):
         if not row or row[0] == "file":

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import checkpoint, cli, distributed, linear, lock, memory, precision, startup, state
+from mcf import atomic, checkpoint, cli, distributed, linear, lock, memory, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.bad import Tally
 from mcf.data.loader import Loader
@@ -288,14 +288,19 @@ def main(argv: list[str] | None = None) -> int:
                 distributed.from_main(lambda: owned.enter_context(lock.held(run_dir)))
             watchdog.open(run_dir)
             watchdog.configure(recipe.watchdog)
-            interrupted = train(recipe, run_dir, world, stop, watchdog)
+            interrupted = train(recipe, run_dir, world, stop, watchdog, launched=launched is not None)
     if interrupted:
         return SAVED
     return INTERRUPTED if stop.for_good and launched is None else 0
 
 
-def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog) -> bool:
-    """Train from where the run stands until it is done or told to stop; whether it is to be started again. Collective."""
+def train(
+    recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSignal, watchdog: Watchdog, *, launched: bool
+) -> bool:
+    """Train from where the run stands until it is done or told to stop; whether it is to be started again. Collective.
+
+    launched: a launcher has written the recipe into the run directory.
+    """
     distributed.set_threads(world, recipe.train.threads)
     linear.use(recipe.speed.linear)
     if recipe.speed.keep_memory and world.device.type == "cpu":
@@ -309,6 +314,8 @@ def train(recipe: Recipe, run_dir: Path, world: distributed.World, stop: StopSig
         )
     started = time.monotonic()
     training = Training(recipe, run_dir, world, watchdog.mark)
+    if not launched:  # what a checkpoint refuses is not written
+        distributed.from_main(lambda: atomic.write(run_dir / RECIPE, cli.dump(recipe)))
     done = training.run(stop)
     step, steps = training.progress.step, training.plan.steps
     seconds = time.monotonic() - started

@@ -100,7 +100,7 @@ ARROWS = {
     "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
     "mcf.train": {
-        "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.lock", "mcf.memory",
+        "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.lock", "mcf.memory",
         "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.rendezvous", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },

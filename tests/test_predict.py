@@ -72,6 +72,14 @@ def test_what_is_no_table_of_boxes_is_one_short_line(tmp_path, content, said):
     assert len(str(error.value)) < len(str(file)) + 150
 
 
+@pytest.mark.parametrize(("kind", "said"), [("folder", "a folder"), ("nothing", "no such file")])
+def test_boxes_that_are_no_file_are_refused(tmp_path, kind, said):
+    place = tmp_path if kind == "folder" else tmp_path / "boxes.csv"
+    with pytest.raises(UserError) as error:
+        predict.read_boxes(str(place), [])
+    assert str(error.value) == f"boxes={place}: {said}; give CSV of file,left,top,right,bottom"
+
+
 def test_a_file_name_that_is_no_utf_8_goes_out_as_it_came(tmp_path, capsys):
     odd = os.fsdecode(b"caf\xe9.png")  # Latin-1
     shown = pictures(tmp_path / "faces", "a.png", odd)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mcf import checkpoint
+from mcf import checkpoint, cli
 from mcf.data.order import Order
 from mcf.exits import INTERRUPTED, SAVED
 from mcf.track.jsonl import read
@@ -150,7 +150,8 @@ def test_told_to_stop_it_saves_and_goes_on_later(unbroken, data, tmp_path):
 def test_without_a_launcher_a_run_is_owned_too_and_ctrl_c_is_said(data, tmp_path):
     run_dir = tmp_path / "interrupted"
     tiny.write_recipe(run_dir, tiny.recipe(run_dir, data, train__steps=10_000, checkpoint__every=100_000))
-    command = [sys.executable, "-m", "mcf.train", f"recipe={run_dir / 'recipe.yaml'}"]
+    (run_dir / "recipe.yaml").rename(tmp_path / "mine.yaml")
+    command = [sys.executable, "-m", "mcf.train", f"recipe={tmp_path / 'mine.yaml'}"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
     deadline = time.monotonic() + 120
@@ -165,6 +166,14 @@ def test_without_a_launcher_a_run_is_owned_too_and_ctrl_c_is_said(data, tmp_path
     assert process.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
     assert checkpoint.step_of(checkpoint.latest(run_dir)) == max(numbers(run_dir))
     assert not (run_dir / "images").exists()  # track.images_every=0
+    # The recipe is where a launcher writes it; one that the checkpoint refuses is not written.
+    written = (run_dir / "recipe.yaml").read_text()
+    assert cli.load_recipe([f"recipe={run_dir / 'recipe.yaml'}"]) == cli.load_recipe(
+        [f"recipe={tmp_path / 'mine.yaml'}"]
+    )
+    refused = subprocess.run([*command, "seed=9"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "checkpoint of another recipe: seed=9" in refused.stderr
+    assert (run_dir / "recipe.yaml").read_text() == written
 
 
 def test_a_damaged_checkpoint_falls_back_and_another_recipe_is_refused(unbroken, data, tmp_path):

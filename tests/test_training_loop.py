@@ -172,6 +172,8 @@ def test_torch_computes_on_the_threads_that_the_recipe_says(world, data, tmp_pat
     )
     try:
         with pytest.raises(Seen, match=rf"^{threads}$"):
-            train(Recipe.model_validate(values), tmp_path / "run", world, ON, SimpleNamespace(mark=None))
+            train(
+                Recipe.model_validate(values), tmp_path / "run", world, ON, SimpleNamespace(mark=None), launched=False
+            )
     finally:
         torch.set_num_threads(1)
