@@ -135,7 +135,7 @@ LIGHT = (
     "mcf.launch", "mcf.follow", "mcf.task", "mcf.cli", "mcf.keys", "mcf.settings", "mcf.plan", "mcf.costs", "mcf.machine",
     "mcf.sizes", "mcf.schedule", "mcf.config", "mcf.lock", "mcf.snapshot", "mcf.slurm", "mcf.job", "mcf.submit",
     "mcf.watchdog", "mcf.track.console", "mcf.pack.options", "mcf.convert", "mcf.export",
-    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.probe", "mcf.results", "mcf.downstream.config",
+    "mcf.local", "mcf.finetune", "mcf.predict", "mcf.probe", "mcf.results.__main__", "mcf.downstream.config",
 )  # fmt: skip
 
 

@@ -14,12 +14,16 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from mcf import finetune, results, train
+from mcf import finetune, train
 from mcf.data.faces.writing import Settings, write_faces
 from mcf.downstream.datasets import Face, FaceSet, open_faces
 from mcf.errors import UserError
 from mcf.pack.__main__ import main as pack_main
-from mcf.results import INITIALISATIONS, Job, Result, ResultsConfig
+from mcf.results import __main__ as verb
+from mcf.results import crops, runs
+from mcf.results.options import ResultsConfig
+from mcf.results.runs import Job
+from mcf.results.table import INITIALISATIONS, Result, table
 
 VERBS = {"pack": pack_main, "train": train.main, "finetune": finetune.main}
 SMALL = [
@@ -51,10 +55,10 @@ def in_this_process(monkeypatch) -> list[Job]:
 
     def run_all(out: Path, jobs: list[Job], at_once: int) -> None:
         for job in jobs:
-            results.follow(out, job, [])
+            runs.follow(out, job, [])
 
-    monkeypatch.setattr(results, "call", call)
-    monkeypatch.setattr(results, "run_all", run_all)
+    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(verb, "run_all", run_all)
     return called
 
 
@@ -62,7 +66,7 @@ def test_the_table_from_pictures_to_numbers_and_a_second_call_that_does_nothing(
     called = in_this_process(monkeypatch)
     out = tmp_path / "out"
     keys = [f"alignment={drawn}", f"parsing={drawn}", f"out={out}", *SMALL]
-    assert results.main(keys) == 0, capsys.readouterr().err
+    assert verb.main(keys) == 0, capsys.readouterr().err
     assert [job.verb for job in called] == ["pack"] + 6 * ["train"] + 12 * ["finetune"]
 
     # What was pre-trained on: two squares of each training picture, and none of the people that are tested on.
@@ -103,15 +107,15 @@ def test_the_table_from_pictures_to_numbers_and_a_second_call_that_does_nothing(
 
     called.clear()
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
-    assert results.main(keys) == 0
+    assert verb.main(keys) == 0
     assert called == []
     assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     assert (out / "results.md").read_text().splitlines() == told
 
     capsys.readouterr()
-    assert results.main([*keys[:-1], keys[-1], "jobs=1"]) == 0  # how many at a time changes no number
+    assert verb.main([*keys[:-1], keys[-1], "jobs=1"]) == 0  # how many at a time changes no number
     keys[keys.index("steps=6")] = "steps=8"
-    assert results.main(keys) == 2
+    assert verb.main(keys) == 2
     assert "holds results of other keys (steps=6, now 8)" in capsys.readouterr().err
     assert called == []
 
@@ -119,17 +123,17 @@ def test_the_table_from_pictures_to_numbers_and_a_second_call_that_does_nothing(
 def test_mean_spread_and_range_of_a_cell():
     """By hand: 1, 2, 6 have mean 3, squares of deviations 4 + 1 + 9 = 14, and √(14 / 2) = 2.6458."""
     made = [Result(kind, "parsing", s, "f1_mean", v) for kind in INITIALISATIONS for s, v in enumerate((1.0, 6.0, 2.0))]
-    lines = results.table(made).splitlines()
+    lines = table(made).splitlines()
     assert lines[0] == "| Frozen encoder | parsing: mean F1, % ↑ |"
     assert lines[2] == "| random | 3.00 ± 2.65 (1.00–6.00) |"
     assert len(lines) == 5
     # One seed has no spread, and none is told.
-    assert results.table([r for r in made if r.seed == 0]).splitlines()[2] == "| random | 1.00 |"
+    assert table([r for r in made if r.seed == 0]).splitlines()[2] == "| random | 1.00 |"
 
 
 def test_one_pretraining_serves_the_heads_of_all_seeds(tmp_path):
     config = ResultsConfig(alignment="a", parsing="p", seeds=(4, 5), one_pretraining=True, steps=9)
-    jobs = {job.name: job for job in results.jobs_of(tmp_path, config)}
+    jobs = {job.name: job for job in runs.jobs_of(tmp_path, config)}
     assert list(jobs)[:3] == ["teacher-4", "mcf-4", "mae-4"] and len(jobs) == 3 + 12
     assert ("train.steps=4" in jobs["teacher-4"].arguments, "train.steps=5" in jobs["mcf-4"].arguments) == (True, True)
     for seed in (4, 5):
@@ -153,9 +157,9 @@ def test_jobs_wait_for_those_before_them_and_run_beside_the_others(tmp_path, mon
         with lock:
             now -= 1
 
-    monkeypatch.setattr(results, "call", call)
+    monkeypatch.setattr(runs, "call", call)
     jobs = [Job("a", "v", ()), Job("b", "v", ()), Job("c", "v", (), ("a",)), Job("d", "v", (), ("c", "b"))]
-    results.run_all(tmp_path, jobs, 2)
+    runs.run_all(tmp_path, jobs, 2)
     assert most == 2
     for job in jobs:
         assert all(started[job.name] >= ended[other] for other in job.after)
@@ -169,7 +173,7 @@ def test_a_run_that_fails_is_one_line_and_nothing_is_built_on_it(tmp_path, capsy
     with pytest.raises(
         UserError, match=r"teacher-0 ended with status 2 \(error: .*model\.width=130.*it goes on"
     ) as failure:
-        results.run_all(tmp_path, [bad, after], 2)
+        runs.run_all(tmp_path, [bad, after], 2)
     assert "\n" not in str(failure.value)
     assert not (tmp_path / "logs/mcf-0.log").exists()
 
@@ -179,12 +183,12 @@ def test_people_on_both_sides_are_refused(tmp_path):
     Image.new("RGB", (40, 40)).save(picture)
     one, other = Face("a", picture, person="Ada"), Face("b", tmp_path / "b.png", person="Ada")
     with pytest.raises(UserError, match="Ada is in the training and in a test split; split by person"):
-        results.training_pictures([FaceSet("csv", "alignment", [one], [other], crop="box")])
+        crops.training_pictures([FaceSet("csv", "alignment", [one], [other], crop="box")])
     # A picture of one set's training that the other set tests on.
     sets = [FaceSet("csv", "alignment", [Face("a", picture)], [], crop="box")]
     sets.append(FaceSet("masks", "parsing", [], [Face("a", picture)], crop="whole"))
     with pytest.raises(UserError, match="the picture is in the training and in a test split"):
-        results.training_pictures(sets)
+        crops.training_pictures(sets)
 
 
 def test_squares_are_the_middle_of_a_picture_in_two_sizes(tmp_path):
@@ -193,7 +197,7 @@ def test_squares_are_the_middle_of_a_picture_in_two_sizes(tmp_path):
     pixels[12:68, 32:88] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     (tmp_path / "crops").mkdir()
-    results.squares(tmp_path / "wide.png", tmp_path / "crops", 80)
+    crops.squares(tmp_path / "wide.png", tmp_path / "crops", 80)
     whole, close = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "crops").iterdir()))
     np.testing.assert_array_equal(whole, pixels[:, 20:100])
     assert close.shape == (80, 80, 3) and close.min() == 255
@@ -202,7 +206,7 @@ def test_squares_are_the_middle_of_a_picture_in_two_sizes(tmp_path):
 @pytest.fixture
 def kept(drawn, tmp_path, monkeypatch) -> list[str]:
     """Keys of a call that ends where packing would begin."""
-    monkeypatch.setattr(results, "pack", lambda *_: (_ for _ in ()).throw(UserError("packed")))
+    monkeypatch.setattr(verb, "pack", lambda *_: (_ for _ in ()).throw(UserError("packed")))
     return [f"alignment={drawn}", f"parsing={drawn}", f"out={tmp_path / 'out'}", *SMALL[:2]]
 
 
@@ -220,19 +224,19 @@ def kept(drawn, tmp_path, monkeypatch) -> list[str]:
 )  # fmt: skip
 def test_a_typo_is_one_line_in_the_keys_of_this_verb_and_can_be_mended(kept, tmp_path, capsys, wrong, said):
     name = wrong.partition("=")[0]
-    assert results.main([*(key for key in kept if not key.startswith(f"{name}=")), wrong]) == 2
+    assert verb.main([*(key for key in kept if not key.startswith(f"{name}=")), wrong]) == 2
     error = capsys.readouterr().err
     assert re.match(said, error) and error.count("\n") == 1, error
-    assert results.main(kept) == 2
+    assert verb.main(kept) == 2
     assert capsys.readouterr().err == "error: packed\n"
 
 
 def test_keys_are_anothers_only_where_something_was_made_with_them(kept, tmp_path, capsys):
     out = tmp_path / "out"
-    assert results.main([*kept, "steps=4"]) == results.main([*kept, "steps=6"]) == 2
+    assert verb.main([*kept, "steps=4"]) == verb.main([*kept, "steps=6"]) == 2
     assert capsys.readouterr().err == 2 * "error: packed\n"
     (out / "crops").mkdir()
-    assert results.main([*kept, "steps=4"]) == 2
+    assert verb.main([*kept, "steps=4"]) == 2
     assert "holds results of other keys (steps=6, now 4)" in capsys.readouterr().err
 
 
@@ -240,7 +244,7 @@ def test_keys_are_anothers_only_where_something_was_made_with_them(kept, tmp_pat
 def test_keys_that_were_written_in_half_are_one_line(kept, tmp_path, capsys, content):
     (tmp_path / "out/runs").mkdir(parents=True)
     (tmp_path / "out/keys.json").write_text(content)
-    assert results.main(kept) == 2
+    assert verb.main(kept) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(
         r"error: \S+out/keys\.json: cannot be read, .*; give another out=, or remove this file .*\n", error
