@@ -8,7 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mcf import parity
+from mcf.parity import __main__ as parity
+from mcf.parity.comparing import Row, relative_error
+from mcf.parity.step import one_ulp
 
 WIDER = {
     **plain_reference.SMALL, "patch_size": 16, "embed_dim": 40, "depth": 3, "num_heads": 5, "decoder_embed_dim": 24,
@@ -104,14 +106,14 @@ def test_rounding_excuses_no_mistake(golden_dir, tmp_path, capsys):
 
 
 def test_what_rounding_may_excuse_is_bounded():
-    assert not parity.Row(0, "x", error=9e-4, rounding=1e-3).over(1e-5)
-    assert parity.Row(0, "x", error=2e-3, rounding=float("inf")).over(1e-5)
-    assert parity.Row(0, "x", error=float("inf"), rounding=float("inf")).over(1e-5)
+    assert not Row(0, "x", error=9e-4, rounding=1e-3).over(1e-5)
+    assert Row(0, "x", error=2e-3, rounding=float("inf")).over(1e-5)
+    assert Row(0, "x", error=float("inf"), rounding=float("inf")).over(1e-5)
 
 
 def test_one_ulp_moves_every_number_but_zeros_by_one_place():
     state = {"w": torch.tensor([1.0, -3.0, 0.0]), "n": torch.tensor(7)}
-    moved = parity.one_ulp(state, seed=0)
+    moved = one_ulp(state, seed=0)
     assert moved["w"][2] == 0 and moved["n"] == 7
     back = torch.nextafter(moved["w"][:2], state["w"][:2])
     assert torch.equal(back, state["w"][:2]) and (moved["w"][:2] != state["w"][:2]).all()
@@ -165,8 +167,8 @@ def test_missing_and_truncated_files_are_one_line(copy, tmp_path, capsys):
 
 def test_relative_error():
     a, b = torch.tensor([1.0, -2.0]), torch.tensor([1.0, -2.5])
-    assert parity.relative_error(a, b) == pytest.approx(0.5 / 2.5)
-    assert parity.relative_error(a, b, floor=5.0) == pytest.approx(0.1)
-    assert parity.relative_error(a, a[:1]) == float("inf")
-    assert parity.relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
-    assert parity.relative_error(a, torch.zeros(2)) == float("inf")
+    assert relative_error(a, b) == pytest.approx(0.5 / 2.5)
+    assert relative_error(a, b, floor=5.0) == pytest.approx(0.1)
+    assert relative_error(a, a[:1]) == float("inf")
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert relative_error(a, torch.zeros(2)) == float("inf")

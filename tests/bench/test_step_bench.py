@@ -17,7 +17,7 @@ from mcf.bench.apart import Apart
 from mcf.bench.plain import PlainMCF
 from mcf.config import Recipe
 from mcf.errors import UserError
-from mcf.parity import one_ulp
+from mcf.parity.step import one_ulp
 
 SMALL = [
     "model.image_size=64", "model.width=48", "model.depth=2", "model.heads=3", "model.decoder.width=32",
