@@ -31,9 +31,12 @@ def pillow(jpeg: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
-def truncated(number: int) -> np.ndarray:
-    content = make_jpeg(number)
-    return raw(content[: len(content) // 2])
+def spoilt(number: int) -> np.ndarray:
+    """A whole JPEG whose first Huffman table is none."""
+    content = bytearray(make_jpeg(number))
+    counts = content.index(b"\xff\xc4") + 5
+    content[counts : counts + 16] = bytes([255] * 16)
+    return raw(bytes(content))
 
 
 @pytest.mark.parametrize("size", [(40, 40), (64, 48), (31, 57), (16, 16)])
@@ -103,7 +106,7 @@ def test_names_the_broken_images_and_goes_on(message, monkeypatch):
         text = {"silent": "something failed", "wrong": "sample #3, #77"}[message]
         monkeypatch.setattr(decoder, "_broken", lambda jpegs, _: plain(jpegs, text))
     broken, found = [*good], {}
-    broken[2], broken[6] = truncated(2), truncated(6)
+    broken[2], broken[6] = spoilt(2), spoilt(6)
     while True:
         try:
             images = decoder.decode(broken, np.zeros(8, bool))
@@ -148,6 +151,28 @@ def test_what_has_no_jpeg_header_is_refused_before_dali_sees_it(content, monkeyp
     with pytest.raises(Undecodable) as error:
         decoder.decode([raw(make_jpeg(0)), raw(content)], np.zeros(2, bool))
     assert error.value.reasons == {1: "no JPEG header"}
+
+
+def test_what_breaks_off_is_refused_before_dali_sees_it_and_what_follows_an_image_is_not(monkeypatch):
+    """A GPU's decoder may say of the former that it was decoded (nvImageCodec's hardware path reads headers alone)."""
+    image = Image.open(io.BytesIO(make_jpeg(1, (37, 53))))
+    thumbnail = make_jpeg(2, (8, 8))  # with an end of its own
+    kinds = {
+        "plain": encode(image), "progressive": encode(image, progressive=True), "thumbnail": encode(image, comment=thumbnail),
+        "restarts": encode(image, restart_marker_rows=1),
+    }  # fmt: skip
+    assert kinds["thumbnail"].tobytes().count(b"\xff\xd9") == 2
+    decoder = Decoder(32, 2, device=CPU)
+    for jpeg in kinds.values():
+        followed = np.concatenate([jpeg, raw(b"\xff\xd8\xff and what a telephone adds")])
+        assert decoder.decode([jpeg, followed], np.zeros(2, bool)).shape == (2, 32, 32, 3)
+    monkeypatch.setattr(decoder, "_start", None)
+    for jpeg in kinds.values():
+        start = jpeg.tobytes().rindex(b"\xff\xda")
+        for end in (start + 10, (start + len(jpeg)) // 2, len(jpeg) - 2, len(jpeg) - 1):
+            with pytest.raises(Undecodable) as error:
+                decoder.decode([jpeg, jpeg[:end]], np.zeros(2, bool))
+            assert error.value.reasons == {1: "breaks off"}
 
 
 def test_a_header_that_claims_gigabytes_is_refused():
@@ -206,7 +231,7 @@ def test_the_gpu_finds_broken_images_or_leaves_them_to_the_cpu():
         pytest.skip("needs a GPU")
     decoder = Decoder(32, 8, device=torch.device("cuda"))
     jpegs = [raw(make_jpeg(i, (48, 48))) for i in range(8)]
-    jpegs[3] = truncated(3)
+    jpegs[3] = spoilt(3)
     for _ in range(3):
         with pytest.raises(Undecodable) as caught:
             decoder.decode(jpegs, np.zeros(8, bool))
@@ -214,39 +239,68 @@ def test_the_gpu_finds_broken_images_or_leaves_them_to_the_cpu():
 
 
 class _LikeAGPU(Decoder):
-    """A decoder that takes itself for one on a GPU, whose batches of more than one image fail, as DALI says it."""
+    """A decoder that takes itself for one on a GPU. Its batches fail, as DALI says it, but for those numbered `good`."""
 
-    def __init__(self, *arguments, **named):
+    def __init__(self, *arguments, good=(), **named):
         super().__init__(*arguments, **named)
-        self._mixed = True
+        self._mixed, self.good, self.tried = True, good, 0
 
     def _build(self):
-        return _Failing() if self._mixed else super()._build()
+        if not self._mixed:
+            return super()._build()
+        self.tried += 1
+        self._mixed = False
+        pipeline = super()._build() if self.tried in self.good else None
+        self._mixed = True
+        return _AsOnAGPU(pipeline)
 
 
-class _Failing:
+class _AsOnAGPU:
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
     def feed_input(self, name, values):
         self.count = len(values)
+        if self.pipeline and name == "jpegs":
+            self.pipeline.feed_input(name, values)
 
     def schedule_run(self):
-        pass
+        if self.pipeline:
+            self.pipeline.schedule_run()
 
     def outputs(self):
+        if self.pipeline:
+            return self.pipeline.outputs()
         raise RuntimeError(f"Error in mixed operator, encountered: hardware decoder, {self.count} images, sample #1")
 
 
-def test_what_a_gpu_alone_refuses_the_cpu_decodes_from_there_on(caplog):
+def test_what_a_gpu_alone_refuses_the_cpu_decodes_and_from_the_third_on_all(caplog):
     good = [raw(make_jpeg(i)) for i in range(4)]
     mirror = np.array([True, False, False, True])
     expected = Decoder(32, 4, device=CPU).decode(good, mirror)
     decoder = _LikeAGPU(32, 4, device=CPU)
     with pytest.raises(Undecodable) as caught:  # one that the CPU refuses too is named, and the GPU goes on
-        decoder.decode([*good[:2], truncated(2), good[3]], mirror)
+        decoder.decode([*good[:2], spoilt(2), good[3]], mirror)
     assert list(caught.value.reasons) == [2] and not caplog.records
-    for _ in range(2):
+    for _ in range(5):
         assert torch.equal(decoder.decode(good, mirror), expected)
-    (record,) = caplog.records
-    assert "hardware decoder" in record.getMessage() and "from here on the CPU decodes" in record.getMessage()
+    assert decoder.tried == 1 + 3
+    said = [record.getMessage() for record in caplog.records]
+    assert all("hardware decoder" in line for line in said)
+    assert [line.rpartition("; ")[2] for line in said] == 2 * ["the CPU decodes this batch"] + [
+        "from here on the CPU decodes"
+    ]
+
+
+def test_a_gpu_that_fails_now_and_then_is_asked_again(caplog, monkeypatch):
+    good, mirror = [raw(make_jpeg(i)) for i in range(4)], np.zeros(4, bool)
+    decoder = _LikeAGPU(32, 4, device=CPU, good=(3, 6))
+    monkeypatch.setattr(decoder, "finish", lambda decoded: decoded.ready)
+    by_gpu = []
+    for _ in range(6):
+        by_gpu.append(decoder.decode(good, mirror))
+        decoder._pipelines.pop(True, None)  # the next batch is another one
+    assert by_gpu == [False, False, True, False, False, True] and len(caplog.records) == 4
 
 
 def decodes(decoder: Decoder, jpeg: np.ndarray) -> bool:

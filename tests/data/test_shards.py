@@ -88,7 +88,8 @@ def test_no_file_has_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
     write_manifest(tmp_path, [write(tmp_path)], {})
     names = "shard-00000.index.npy", "shard-00000.tar", MANIFEST
-    assert disk.renamed == [(f"{name}.tmp", name) for name in names]
+    assert [new for _, new in disk.renamed] == list(names)
+    assert all(old.startswith(new) and old.endswith(".tmp") for old, new in disk.renamed)
     assert all(disk.has(tmp_path / name) for name in names)
 
 

@@ -12,7 +12,8 @@ that, and little for the flip. jpeg_fancy_upsampling makes the GPU upsample chro
 
 One JPEG that does not decode makes DALI fail the batch and declare the pipeline dead. `Decoder.decode` then finds an
 image that fails on its own, raises `Undecodable`, and goes on with a new pipeline. Of a batch that failed on a GPU the
-CPU's decoder is asked; where it finds nothing wrong, it decodes from there on, so that no file ends a run.
+CPU's decoder is asked; where it finds nothing wrong, it decodes the batch, so that no file ends a run. Where that is so for
+batch after batch, the GPU is not asked again.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcf.data.dali.library import import_dali
-from mcf.data.jpeg import absurd_size
+from mcf.data.jpeg import unfit
 from mcf.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# Batches in a row that the GPU may leave to the CPU before it is given up: one may have met with a lack of memory.
+PATIENCE = 3
 
 
 class Undecodable(Exception):
@@ -66,9 +70,10 @@ class Decoder:
             raise UserError(f"data.decoder=mixed needs a GPU, and this rank has none ({device}); use auto or cpu")
         self.image_size, self.batch, self.device, self.threads = image_size, batch, device, threads
         self._mixed = device.type == "cuda" and decoder != "cpu"
+        self._left_to_cpu = 0  # batches, in a row
         self._only_check = only_check
         self._dali = import_dali()
-        self._pipeline: Any = None
+        self._pipelines: dict[bool, Any] = {}  # by whether they decode on the GPU
         self._judge: Decoder | None = None
         self._stream: torch.cuda.Stream | None = None
         self._begun: tuple[Sequence[np.ndarray], np.ndarray, dict[int, str]] = [], np.zeros(0, dtype=bool), {}
@@ -88,30 +93,29 @@ class Decoder:
 
     def begin(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> None:
         """Have DALI decode a micro-batch on its own threads, once the one before has been waited for."""
-        absurd = {i: why for i, jpeg in enumerate(jpegs) if (why := absurd_size(jpeg))}
-        self._begun = jpegs, mirror, absurd
-        if not absurd:
+        refused = {i: why for i, jpeg in enumerate(jpegs) if (why := unfit(jpeg))}
+        self._begun = jpegs, mirror, refused
+        if not refused:
             self._start(jpegs, mirror)
 
     def wait(self) -> Decoded:
         """What was begun, when it is decoded. Raises Undecodable as `decode` does; then the batch is to be begun again."""
-        jpegs, mirror, absurd = self._begun
-        if absurd:
-            raise Undecodable(absurd)
+        jpegs, mirror, refused = self._begun
+        if refused:
+            raise Undecodable(refused)
         try:
-            return Decoded(self._outputs(), mirror, self._mixed)
+            images = self._outputs()
         except RuntimeError as error:
-            self.close()
+            self._pipelines.pop(self._mixed, None)
             reasons = self._broken(jpegs, str(error))
             if reasons:
                 raise Undecodable(reasons) from None
             if self._mixed:
-                log.warning(
-                    "the GPU does not decode what the CPU does (%s); from here on the CPU decodes", _reason(error)
-                )
-                self._mixed = False
+                return self._decoded_by_cpu(jpegs, mirror, _reason(error))
             # If there still is no image to blame, it fails in its own words.
-            return Decoded(self._run(jpegs, mirror), mirror, self._mixed)
+            images = self._run(jpegs, mirror)
+        self._left_to_cpu = 0
+        return Decoded(images, mirror, self._mixed)
 
     def finish(self, decoded: Decoded) -> Tensor:
         """The images of what was waited for; the next micro-batch may have begun."""
@@ -126,7 +130,19 @@ class Decoder:
 
     def close(self) -> None:
         """Let the pipeline and its buffers go; the next batch builds another."""
-        self._pipeline = None
+        self._pipelines.clear()
+
+    def _decoded_by_cpu(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray, reason: str) -> Decoded:
+        """A batch in which the CPU finds nothing wrong, and the GPU did."""
+        self._left_to_cpu += 1
+        given_up = self._left_to_cpu == PATIENCE
+        then = "from here on the CPU decodes" if given_up else "the CPU decodes this batch"
+        log.warning("the GPU does not decode what the CPU does (%s); %s", reason, then)
+        self._mixed = False
+        try:
+            return Decoded(self._run(jpegs, mirror), mirror, False)
+        finally:
+            self._mixed = not given_up
 
     def _broken(self, jpegs: Sequence[np.ndarray], message: str) -> dict[int, str]:
         """Which images fail on their own, and DALI's reason; each failure costs a new pipeline (4 ms).
@@ -155,7 +171,7 @@ class Decoder:
         try:
             self._run([jpeg], np.zeros(1, dtype=bool))
         except RuntimeError as error:
-            self.close()
+            self._pipelines.pop(False, None)
             return _reason(error)
         return None
 
@@ -164,16 +180,17 @@ class Decoder:
         return self._outputs()
 
     def _start(self, jpegs: Sequence[np.ndarray], mirror: np.ndarray) -> None:
-        if self._pipeline is None:
-            self._pipeline = self._build()
-        self._pipeline.feed_input("jpegs", list(jpegs))
+        if self._mixed not in self._pipelines:
+            self._pipelines[self._mixed] = self._build()
+        pipeline = self._pipelines[self._mixed]
+        pipeline.feed_input("jpegs", list(jpegs))
         if self._mixed:
-            self._pipeline.feed_input("mirror", mirror.astype(np.int32))
-        self._pipeline.schedule_run()
+            pipeline.feed_input("mirror", mirror.astype(np.int32))
+        pipeline.schedule_run()
 
     def _outputs(self):
         """DALI's list of images. Their buffer is not used again while somebody holds the list (exec_dynamic)."""
-        (images,) = self._pipeline.outputs()
+        (images,) = self._pipelines[self._mixed].outputs()
         return images
 
     def _build(self):
@@ -195,6 +212,8 @@ class Decoder:
                 # Grey: all of the file is still read and every code in it, but colours are not made into pixels.
                 output_type=types.GRAY if self._only_check else types.RGB,
                 jpeg_fancy_upsampling=True,
+                # NVML's cores may be none of the job's, and are the same for all ranks of a socket: the system knows better.
+                affine=False,
             )
             if self._mixed:
                 mirror = fn.external_source(name="mirror", device="cpu", dtype=types.INT32, ndim=0, batch=True)
