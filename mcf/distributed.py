@@ -93,6 +93,11 @@ def join(backend: str | None = None, timeout: float = 1800.0) -> World:
                 dist.init_process_group(backend, init_method="env://", timeout=limit)
             gather_objects(None)  # NCCL connects here, and not before
         except (RuntimeError, ValueError) as error:
+            if "Duplicate GPU" in str(error):
+                raise UserError(
+                    f"{socket.gethostname()}: two ranks compute on one GPU (rank {place.rank} on {device}); start as many ranks a "
+                    "node as it has GPUs (gpus_per_node)"
+                ) from error
             raise UserError(
                 f"rank {place.rank} of {place.size} could not join the group at {place.address}:{place.port} over "
                 f"{backend}: {error}; check that all ranks started and that MASTER_ADDR is reachable from each",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 USER_ERROR = 2  # one line says what a user has to change: nothing gets better by trying again
@@ -27,3 +29,19 @@ def leave_at_once(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def leave_with(main: Callable[[], int]) -> NoReturn:
+    """Be a rank: end its process at once with the status of `main`, or with 1 and a traceback where it raises.
+
+    A rank whose GPU has failed would else tidy up a group that others still work in, and could hang there unwatched.
+    """
+    try:
+        status = main()
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        status = 1
+    leave_at_once(status)

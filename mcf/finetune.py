@@ -16,10 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from mcf import atomic, checkpoint, cli, snapshot
+from mcf import atomic, caches, checkpoint, cli, snapshot
 from mcf.downstream.config import FinetuneConfig
 from mcf.errors import UserError
-from mcf.exits import INTERRUPTED, SAVED, leave_at_once
+from mcf.exits import INTERRUPTED, SAVED, leave_with
 from mcf.local import directory, run_here
 from mcf.lock import RunLock, held
 from mcf.submit import job_script, submit
@@ -57,6 +57,7 @@ def work(config: FinetuneConfig, run_dir: Path, *, launched: bool) -> int:
     from mcf.watchdog import Watchdog
 
     stop = StopSignal()
+    caches.keep_local()
     place = rendezvous(os.environ)
     watched = Watchdog(place.rank, place.size, launch_name(os.environ), config.watchdog)
     with watched as watchdog, contextlib.ExitStack() as owned:
@@ -130,4 +131,4 @@ def absolute(config: FinetuneConfig) -> FinetuneConfig:
 
 
 if __name__ == "__main__":
-    leave_at_once(main())
+    leave_with(main)

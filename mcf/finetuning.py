@@ -80,8 +80,6 @@ class Finetuning:
             )
         self.progress.backbone = identity
         mark("building")
-        if config.train.precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # the head's convolutions would round to 10 bits on a GPU
         self.task = TASKS[config.task](self.set, config)
         decoder = build_decoder(config.seed, backbone.vit.width, self.set.channels, config.head)
         self.backbone = backbone.eval().requires_grad_(False) if config.freeze else None
@@ -139,8 +137,8 @@ class Finetuning:
         )
         since, counted, stopping = time.monotonic(), begun, False
         while progress.step < last and not stopping:
-            terms, result = self.advance(batches, tracker, first=progress.step == begun)
-            stopping = distributed.any_rank(stop.received) or progress.step == last
+            terms, result = self.advance(batches, tracker, stop, first=progress.step == begun)
+            stopping = result.stop or progress.step == last
             told: dict[str, float] = {}
             if stopping or progress.step % config.train.log_every == 0:
                 told = {f"loss/{name}": float(distributed.mean(value)) for name, value in terms.items()}
@@ -160,7 +158,7 @@ class Finetuning:
                 self.save(tracker, raises=stopping)
 
     def advance(
-        self, batches: Iterator[Batch], tracker: Tracker, *, first: bool
+        self, batches: Iterator[Batch], tracker: Tracker, stop: StopSignal, *, first: bool
     ) -> tuple[dict[str, torch.Tensor], StepResult]:
         """One step: its mean loss terms on this rank, and what became of it. A bad one changes nothing, and is told."""
         config, progress = self.config, self.progress
@@ -169,7 +167,7 @@ class Finetuning:
         with memory_suffices(self.local_batch, first=first, instead=smaller):
             terms, keys = self.step(batches)
             self.mark("step")
-            result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite())
+            result = self.engine.step(self.lr_at(progress.step), finite=terms["total"].isfinite(), stop=stop.received)
         self.mark("logging")
         progress.step += 1
         if result.applied:

@@ -13,8 +13,6 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from mcf.config import GuardConfig
 from mcf.errors import UserError
 
@@ -79,6 +77,10 @@ class Guard:
         )
 
 
+# How torch's allocator and Triton, cuBLAS, and NCCL say that a GPU's memory does not suffice.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "CUDA malloc")
+
+
 @contextlib.contextmanager
 def memory_suffices(micro_batch: int, first: bool, instead: str) -> Iterator[None]:
     """Within, a GPU's memory that does not suffice is a UserError in the `first` step, which no other start would change.
@@ -90,8 +92,8 @@ def memory_suffices(micro_batch: int, first: bool, instead: str) -> Iterator[Non
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if not first:
+    except RuntimeError as error:
+        if not first or not any(said in str(error) for said in NO_MEMORY):
             raise
         raise UserError(
             f"micro_batch={micro_batch}: the GPU's memory does not suffice for a step ({str(error).splitlines()[0]}); use a "

@@ -29,8 +29,14 @@ _onednn = False  # whether this process multiplies by it
 
 
 def use(implementation: Literal["auto", "torch", "onednn"]) -> None:
-    """Have this process multiply so from here on (recipe: speed.linear); until then it is torch's own."""
+    """Have this process multiply so from here on (recipe: speed.linear); until then it is torch's own.
+
+    On a GPU float32 is float32 then, and not TF32, which torch takes for convolutions by default, and for products where
+    the environment says so.
+    """
     global _onednn
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     _onednn = (best() if implementation == "auto" else implementation) == "onednn"
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mcf import cli
+from mcf import caches, cli
 from mcf.config import Positive, Section
 from mcf.errors import UserError
 
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if config.threads:
         torch.set_num_threads(config.threads)
+    caches.keep_local()
     linear.use("auto")
     network, description = saved.load(config.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

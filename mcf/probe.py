@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mcf import atomic, checks, cli
+from mcf import atomic, caches, checks, cli
 from mcf.config import NonNegative, Positive, ProbeKeys
 from mcf.errors import UserError
 
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from mcf.downstream.backbone import encoder_of
     from mcf.probing.probe import Probe
 
+    caches.keep_local()
     world = distributed.join()
     distributed.set_threads(world, config.threads)
     linear.use("auto")

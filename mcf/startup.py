@@ -3,7 +3,7 @@
     read by rank 0 and sent to all    recipe, manifest, checkpoint, teacher     mcf/distributed.py, mcf/spread.py
     read by one rank a node           the code and the manifest, to compare     `check_same_everywhere`
     read by each rank                 the index of its own shards               mcf/data/reader.py
-    kept on each node's own disk      what Triton and torch compile             `keep_caches_local`
+    kept on each node's own disk      what Triton and torch compile             mcf/caches.py
 
 A node that has an old copy of the code, or of the data, trains something else than the others, and nothing would fail:
 so such a cluster is refused at its start, naming the rank.
@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import platform
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,34 +27,7 @@ from mcf.data.shards import sight
 from mcf.distributed import World
 from mcf.errors import UserError
 
-# Variable → folder below the node's own one. By default all but the second lie below $HOME, which a cluster shares.
-CACHES = {
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TORCH_EXTENSIONS_DIR": "extensions",
-    "CUDA_CACHE_PATH": "cuda",
-}
 _PACKAGES = ("mcf", "mcf.kernels")
-
-
-def keep_caches_local() -> Path:
-    """Have whatever compiles keep its results on this node's own disk, for this user; variables that are set stay.
-
-    Returns the folder, below TMPDIR or /tmp. Call it before anything compiles.
-    """
-    folder = Path(tempfile.gettempdir()) / f"mcf-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        # What lies there is run as code: a folder that somebody else has put there under this name is not used.
-        mine = found.st_uid == os.getuid() and not found.st_mode & 0o022 and not folder.is_symlink()
-    except OSError:
-        mine = False
-    if not mine:
-        folder = Path(tempfile.mkdtemp(prefix="mcf-"))
-    for variable, name in CACHES.items():
-        os.environ.setdefault(variable, str(folder / name))
-    return folder
 
 
 @dataclass(frozen=True)

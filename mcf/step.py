@@ -86,7 +86,8 @@ class Step:
         if recipe.attention != "auto":
             # To be refused here: of a compiled block one would hear that it could not be compiled.
             dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-            resolve(recipe.attention, world.device.type, dtype, head_dim=recipe.model.width // recipe.model.heads)
+            for width, heads in _attended(recipe, teacher):
+                resolve(recipe.attention, world.device.type, dtype, head_dim=width // heads, gradient=True)
         if _in_float8(recipe) and (why := float8.unavailable(world.device)):
             raise UserError(f"teacher.products=float8: {why}; use teacher.products=bfloat16")
         self.recipe, self.plan, self.world, self.mark = recipe, plan, world, mark
@@ -213,6 +214,14 @@ class Step:
     def autocast(self) -> torch.autocast:
         """Matrix work in bfloat16 if the recipe says so; the engine and the objective do the same by themselves."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
+
+def _attended(recipe: Recipe, teacher: Teacher | None) -> Iterator[tuple[int, int]]:
+    """Width and heads of every network that attends."""
+    yield recipe.model.width, recipe.model.heads
+    yield recipe.model.decoder.width, recipe.model.decoder.heads
+    if teacher is not None:
+        yield teacher.vit.width, recipe.teacher.heads
 
 
 def _in_float8(recipe: Recipe) -> bool:

@@ -19,13 +19,13 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import atomic, checkpoint, cli, distributed, linear, lock, memory, precision, startup, state
+from mcf import atomic, caches, checkpoint, cli, distributed, linear, lock, memory, precision, startup, state
 from mcf.config import Recipe
 from mcf.data.bad import Tally
 from mcf.data.loader import Loader
 from mcf.data.shards import load_manifest
 from mcf.errors import UserError
-from mcf.exits import INTERRUPTED, SAVED, leave_at_once
+from mcf.exits import INTERRUPTED, SAVED, leave_with
 from mcf.guard import Guard, memory_suffices
 from mcf.meters import Meters
 from mcf.models.teacher import Teacher
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     if cli.wants_help(argv):
         cli.load_recipe(argv, verb="train")  # prints it and leaves
     stop = StopSignal()
-    startup.keep_caches_local()
+    caches.keep_local()
     place = rendezvous(os.environ)
     with Watchdog(place.rank, place.size, launch_name(os.environ)) as watchdog:
         launched = run_dir_of(argv)
@@ -346,4 +346,4 @@ def read_arguments(argv: list[str]) -> tuple[Recipe, Path]:
 
 
 if __name__ == "__main__":
-    leave_at_once(main())
+    leave_with(main)

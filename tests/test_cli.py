@@ -444,5 +444,26 @@ def test_an_error_that_cannot_be_written_still_is_the_exit_status():
     """As of a rank whose log lies on a disk that is full; status 1 would send its job back to the queue."""
     code = "from mcf import cli, exits, errors\n@cli.main\ndef main(argv):\n    raise errors.UserError('no')\n"
     command = f"'{sys.executable}' -u -c \"$CODE\" > /dev/full 2>&1"
-    for end in ("raise SystemExit(main([]))", "exits.leave_at_once(main([]))"):
+    for end in ("raise SystemExit(main([]))", "exits.leave_with(lambda: main([]))"):
         assert subprocess.run(command, shell=True, env={**os.environ, "CODE": code + end}).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        ("return 75", 75, ""),
+        ("raise SystemExit(3)", 3, ""),
+        ("raise SystemExit()", 0, ""),
+        (
+            "raise RuntimeError('CUDA error: uncorrectable ECC error')",
+            1,
+            "RuntimeError: CUDA error: uncorrectable ECC error",
+        ),
+    ],
+)
+def test_a_rank_ends_at_once_however_it_ends(ends, status, said):
+    """Without what Python and libraries tidy up: what is registered for the end would hang here."""
+    code = f"import atexit, time\nfrom mcf import exits\natexit.register(time.sleep, 60)\ndef main():\n    {ends}\nexits.leave_with(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == status
+    assert (done.stderr.splitlines() or [""])[-1] == said

@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mcf import distributed
 from mcf.distributed import cpu_quota
 from mcf.errors import UserError
-from mcf.exits import UNAVAILABLE
+from mcf.exits import UNAVAILABLE, USER_ERROR
 
 
 def test_cpu_quota(tmp_path):
@@ -153,6 +154,24 @@ def test_no_meeting_is_one_line():
     ((status, text),) = run_ranks(code, [env])
     assert status == 0
     assert f"UserError {UNAVAILABLE} rank 1 of 2 could not join the group at 127.0.0.1:{port} over gloo" in text
+
+
+def test_two_ranks_on_one_gpu_are_told_and_not_tried_again(monkeypatch):
+    """In NCCL's words, which comes to it late."""
+    monkeypatch.setattr(os, "environ", {**os.environ})  # joining leaves variables
+    monkeypatch.setattr(distributed, "_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    said = "NCCL error ... ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+
+    def refuse(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", refuse)
+    with pytest.raises(
+        UserError, match=r"two ranks compute on one GPU \(rank 0 on cuda:0\); start as many .*\(gpus_per_node\)"
+    ) as error:
+        distributed.join()
+    assert error.value.status == USER_ERROR
 
 
 def test_gpus_that_torch_cannot_use_are_no_reason_to_compute_on_the_cpu(tmp_path, caplog, monkeypatch):

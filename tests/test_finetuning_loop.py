@@ -302,4 +302,4 @@ def steps_of(run: Finetuning):
     with Loader(run.set, run.config, run.world.device, 1) as loader:
         batches = loader.training(run.train, 0, 0, 1, run.local_batch)
         while True:
-            yield run.advance(batches, SimpleNamespace(event=lambda *_, **__: None), first=False)
+            yield run.advance(batches, SimpleNamespace(event=lambda *_, **__: None), GOES_ON, first=False)

@@ -58,3 +58,18 @@ def test_memory_that_does_not_suffice_for_the_first_step_is_the_users_to_mend():
         raise torch.OutOfMemoryError(full)
     with pytest.raises(torch.OutOfMemoryError), memory_suffices(64, first=False, instead="freeze=true"):
         raise torch.OutOfMemoryError(full)
+
+
+@pytest.mark.parametrize(
+    ("said", "lacks"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("NCCL error: Last error:\nFailed to CUDA malloc 4194304 bytes", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_every_library_says_in_its_own_words_that_memory_does_not_suffice(said, lacks):
+    with pytest.raises(UserError if lacks else RuntimeError) as error, memory_suffices(8, first=True, instead="x"):
+        raise RuntimeError(said)
+    assert isinstance(error.value, UserError) == lacks

@@ -30,6 +30,7 @@ ARROWS = {
     "mcf.errors": set(),
     "mcf.mode": set(),
     "mcf.atomic": set(),
+    "mcf.caches": set(),
     "mcf.config": {"mcf.errors"},
     "mcf.kernels": set(),
     "mcf.schedule": {"mcf.config"},
@@ -100,7 +101,7 @@ ARROWS = {
     "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
     "mcf.train": {
-        "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.lock", "mcf.memory",
+        "mcf.caches", "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.lock", "mcf.memory",
         "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.rendezvous", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
         "mcf.watchdog", "mcf.weights",
     },
@@ -110,13 +111,13 @@ ARROWS = {
         "mcf.track", "mcf.watchdog",
     },
     "mcf.finetune": {
-        "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
+        "mcf.caches", "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.distributed", "mcf.downstream.config", "mcf.errors", "mcf.exits", "mcf.finetuning",
         "mcf.linear", "mcf.local", "mcf.lock", "mcf.memory", "mcf.rendezvous", "mcf.snapshot", "mcf.stop", "mcf.submit", "mcf.task", "mcf.watchdog",
     },
     "mcf.probe": {
-        "mcf.atomic", "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",
+        "mcf.caches", "mcf.atomic", "mcf.checks", "mcf.cli", "mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.linear", "mcf.memory", "mcf.probing",
     },
-    "mcf.predict": {"mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.linear"},
+    "mcf.predict": {"mcf.caches", "mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.linear"},
     "mcf.results": {"mcf.atomic", "mcf.cli", "mcf.config", "mcf.downstream", "mcf.errors", "mcf.track.jsonl"},
     "mcf.demo": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.track.jsonl"},
     "mcf.convert": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.weights"},
@@ -126,7 +127,7 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.memory", "mcf.models", "mcf.pack",
+        "mcf.caches", "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.memory", "mcf.models", "mcf.pack",
         "mcf.plan", "mcf.precision", "mcf.processor", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip

@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from safetensors.torch import save_file
 
-from mcf import checkpoint, snapshot, startup
+from mcf import caches, checkpoint, snapshot
 from mcf.config import Recipe
 from mcf.data.shards import load_manifest, sight
 from mcf.startup import Sight, compare
@@ -237,22 +238,22 @@ def opened(trace: Path, run_dir: Path, data: Path, teacher: Path) -> Counter[str
 
 def test_caches_lie_on_the_nodes_own_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for variable in startup.CACHES:
+    for variable in caches.CACHES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CUDA_CACHE_PATH", "/chosen")
-    folder = startup.keep_caches_local()
+    folder = caches.keep_local()
     assert folder == tmp_path / f"mcf-{os.getuid()}"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.environ["TRITON_CACHE_DIR"] == str(folder / "triton")
     assert os.environ["CUDA_CACHE_PATH"] == "/chosen"
-    assert startup.keep_caches_local() == folder
+    assert caches.keep_local() == folder
 
 
 @pytest.mark.parametrize("trap", ["writable by others", "a link"])
 def test_a_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch, trap):
     """Compiled kernels are run: what lies in a shared /tmp under the expected name may be somebody else's."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for variable in startup.CACHES:
+    for variable in caches.CACHES:
         monkeypatch.delenv(variable, raising=False)
     expected = tmp_path / f"mcf-{os.getuid()}"
     if trap == "a link":
@@ -261,25 +262,36 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch, trap)
     else:
         expected.mkdir()
         expected.chmod(0o777)
-    folder = startup.keep_caches_local()
+    folder = caches.keep_local()
     assert folder != expected
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.environ["TRITON_CACHE_DIR"].startswith(str(folder))
 
 
+def test_caches_stay_where_they_are_if_nothing_may_be_run_below_tmp(tmp_path, monkeypatch):
+    """Triton and inductor load what they have compiled; a mount without execution refuses."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for variable in caches.CACHES:
+        monkeypatch.delenv(variable, raising=False)
+    flags = SimpleNamespace(f_flag=os.statvfs(tmp_path).f_flag | os.ST_NOEXEC)
+    monkeypatch.setattr(os, "statvfs", lambda _: flags)
+    assert caches.keep_local() is None
+    assert not list(tmp_path.iterdir()) and not any(variable in os.environ for variable in caches.CACHES)
+
+
 def test_triton_and_torch_take_the_caches(tmp_path):
     """What the libraries themselves say, in a process that imports them after the trainer has set the variables."""
     code = (
-        "from mcf import startup; folder = startup.keep_caches_local(); "
+        "from mcf import caches; folder = caches.keep_local(); "
         "from torch._inductor.runtime.cache_dir_utils import cache_dir; "
         "from torch.utils.cpp_extension import _get_build_directory as build; "
         "print(folder); print(cache_dir()); print(build('x', False))"
     )
-    env = {name: value for name, value in os.environ.items() if name not in startup.CACHES}
+    env = {name: value for name, value in os.environ.items() if name not in caches.CACHES}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env | {"TMPDIR": str(tmp_path)}, timeout=120
     )
-    folder, *caches = done.stdout.split()
+    folder, *places = done.stdout.split()
     assert folder == str(tmp_path / f"mcf-{os.getuid()}"), done.stderr
-    assert len(caches) == 2
-    assert all(cache.startswith(folder) for cache in caches)
+    assert len(places) == 2
+    assert all(cache.startswith(folder) for cache in places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mcf import cli
+from mcf import caches, cli
 from mcf.errors import UserError
 
 PARTS = {
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         return 0
     if len(named) != 1 or named[0] not in PARTS:
         raise UserError(f"part={','.join(named) or 'not set'}; give one of: {', '.join(f'part={p}' for p in PARTS)}")
+    caches.keep_local()
     return importlib.import_module(f"mcf.bench.{named[0]}").main(rest)
 
 

@@ -155,7 +155,9 @@ class Engine:
             raise RuntimeError(f"step after {self._micro_step} of {self.accumulation} micro-batches")
         device = self.world.device
         refused = torch.as_tensor(finite, device=device).logical_not().any().double()
-        square = torch.nn.utils.get_total_norm(self._stage.gradients()).to(device).double().square()
+        # A rank may have none; torch's norm of none would lie on the CPU, and be waited for on its way from there.
+        gradients = list(self._stage.gradients()) or [torch.zeros((), device=device)]
+        square = torch.nn.utils.get_total_norm(gradients).to(device).double().square()
         verdict = torch.stack([square, refused, square.new_full((), float(stop))])
         dist.all_reduce(verdict)
         square_sum, refusals, stops = verdict.tolist()

@@ -41,9 +41,13 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
 
     def _over_all_ranks(self, x: Tensor) -> Tensor:
-        # One vector of sums, squares and count; in float64, where E[x²] − E[x]² loses nothing that float32 had.
-        wide = x.double()
-        sums = torch.cat([wide.sum(0), wide.square().sum(0), wide.new_full((1,), len(x))])
+        # One vector of sums, squares and count; in float64, where E[x²] − E[x]² loses nothing that float32 had. What is
+        # as long as x stays in float32: sums are of what is left beside this rank's mean, which no square cancels.
+        middle = x.detach().mean(0)
+        rest, shift = x - middle, middle.double()
+        total, count = rest.sum(0, dtype=torch.float64), len(x)
+        squares = rest.square().sum(0, dtype=torch.float64) + shift * (2 * total + count * shift)
+        sums = torch.cat([total + count * shift, squares, squares.new_full((1,), count)])
         total, squares, count = _AllReduce.apply(sums).split([self.num_features, self.num_features, 1])
         # A tensor still: to know its value, the host would have to wait for the device.
         samples = count.detach()

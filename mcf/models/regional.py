@@ -10,7 +10,9 @@ gradient: a handful of graphs, in a minute or two at the first step, and none af
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from mcf.models.vit import Block
@@ -18,14 +20,19 @@ from mcf.models.vit import Block
 BACKEND = "inductor"
 
 
-def compile_blocks(*networks: nn.Module, backend: str | Callable = BACKEND) -> None:
-    """Have torch compile every block of these networks at its first call. Names and values of tensors stay.
+def compile_blocks(*networks: nn.Module, backend: Callable | None = None) -> None:
+    """Have torch compile every block of these networks at its first call, or a backend. Names and values of tensors stay.
 
-    Sums are added in another order, and under autocast less of what lies between matrix products is rounded to bfloat16.
+    Sums are added in another order, the same one in every process, and under autocast less of what lies between matrix
+    products is rounded to bfloat16.
     """
+    # On a GPU inductor would time kernels that add in different orders, and take the fastest of each process: another launch
+    # would not go on as this one. What it takes without looking at the clock is a function of the shapes.
+    known = not backend and BACKEND == "inductor" and "deterministic" in torch._inductor.list_options()
+    options: dict[str, Any] = {"options": {"deterministic": True}} if known else {}
     for block in _blocks(networks):
         # Shapes do not change in training, and a graph for any size would be a slower one.
-        block.compile(backend=backend, dynamic=False)
+        block.compile(backend=backend or BACKEND, dynamic=False, **options)
 
 
 def recompute_blocks(*networks: nn.Module) -> None:
