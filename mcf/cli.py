@@ -111,8 +111,13 @@ def load_recipe(argv: list[str], *, verb: str = "launch") -> Recipe:
     return load(argv, _RecipeOnly, verb=verb)[0]
 
 
-def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
-    """`load_recipe` for verbs with keys of their own beside the recipe's (`mode=print`): (recipe, options)."""
+def load(
+    argv: list[str], options: type[O], *, verb: str, adapt: Callable[[Recipe], Recipe] = lambda recipe: recipe
+) -> tuple[Recipe, O]:
+    """`load_recipe` for verbs with keys of their own beside the recipe's (`mode=print`): (recipe, options).
+
+    adapt: what a verb makes of the recipe before it is checked.
+    """
     own = keys(options)
     known = {**own, "recipe": Key("recipe", _RECIPE_KEY), **keys(Recipe)}
     if wants_help(argv):
@@ -128,7 +133,7 @@ def load(argv: list[str], options: type[O], *, verb: str) -> tuple[Recipe, O]:
     below = read_recipe(str(chosen.value)) if chosen is not None and chosen.value else {}
     settings = put_over(below, settings)
     own_values = validate(options, mine, verb)
-    recipe = validate(Recipe, settings, verb)
+    recipe = adapt(validate(Recipe, settings, verb))
     checks.check(recipe)
     return recipe, own_values
 

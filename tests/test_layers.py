@@ -127,7 +127,7 @@ ARROWS = {
     },
     "mcf.parity": {"mcf.cli", "mcf.config", "mcf.errors", "mcf.kernels", "mcf.models", "mcf.weights"},
     "mcf.bench": {
-        "mcf.caches", "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.memory", "mcf.models", "mcf.pack",
+        "mcf.caches", "mcf.checks", "mcf.schedule", "mcf.sizes", "mcf.track.origin", "mcf.attention", "mcf.attention_table", "mcf.cli", "mcf.config", "mcf.costs", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.kernels", "mcf.linear", "mcf.memory", "mcf.models", "mcf.pack",
         "mcf.plan", "mcf.precision", "mcf.processor", "mcf.step", "mcf.weights",
     },
 }  # fmt: skip

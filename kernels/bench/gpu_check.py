@@ -3,7 +3,8 @@
     tests marked gpu ──► benchmark ──► attention ──► levers of the networks ──► compute-sanitizer, where it is installed
 
 It needs torch, triton, numpy and pytest, and nothing installed of mcf: this file alone is run, and gives what it starts
-an import path on which mcf.kernels is the folder it lies in, and of mcf what needs torch alone. The results lie in FOLDER:
+an import path on which mcf.kernels is the folder it lies in, and of mcf what needs torch alone. On a GPU that kernels cannot be
+launched on it refuses: the tests would pass by the reference. The results lie in FOLDER:
 
     machine.txt        nvidia-smi, versions
     tests-*.txt .xml   the tests of each operation, in words and as JUnit XML
@@ -45,7 +46,9 @@ BENCH_S = 90
 GRACE_S = 10
 """What is out of time is interrupted, and has so long to write what it has before it is killed."""
 LEVERS_S = 100
-"""How long levers are tried, each begun before its end."""
+"""How long levers are tried at least: they have all that is left but the sanitizer's, for compiling takes a minute or two."""
+LEVER_S = 30
+"""What is left of that when the last lever is begun."""
 ATTENTION_S = 30
 """How long attention is timed, each shape begun before its end."""
 LENT = (
@@ -56,9 +59,15 @@ LENT = (
 """What of mcf needs torch alone, for `mcf.bench.blocks` and `mcf.bench.attention`."""
 VERSIONS = """
 import platform, numpy, pytest, torch, triton
+from mcf.kernels import dispatch
 print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), triton "
       f"{triton.__version__}, numpy {numpy.__version__}, pytest {pytest.__version__}")
-print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device")
+if not torch.cuda.is_available():
+    print("no CUDA device")
+else:
+    print(torch.cuda.get_device_name())
+    if why := dispatch.unavailable(torch.device("cuda")):
+        print(f"kernels cannot be launched: {why}")
 """
 
 
@@ -86,7 +95,11 @@ class Check:
         return self.run_together({name: command}, seconds, **environment)[name]
 
     def run_together(self, commands: dict[str, list[str]], seconds: float, **environment: str) -> dict[str, str]:
-        """Run commands at once, each as `run` does; their outputs."""
+        """Run commands at once, each as `run` does; their outputs, empty ones where there is no time left to begin."""
+        # Less than it takes to begin and to be interrupted would be over the eight minutes.
+        if self.left() < GRACE_S + 2:
+            self.say(f"{', '.join(commands)}: no time left", False)
+            return dict.fromkeys(commands, "")
         print(f"gpu-check: {', '.join(commands)} …", flush=True)
         started = time.monotonic()
         running: dict[str, subprocess.Popen[bytes]] = {}
@@ -206,13 +219,14 @@ def _parts(check: Check) -> None:
     if gpu:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
         (check.out / "machine.txt").write_text(there + (smi.stdout if smi else ""), encoding="utf-8")
-        if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
-            check.say("Triton needs a C compiler to launch kernels: install gcc, or name one with CC=…", False)
+        if found := re.search(r"^kernels cannot be launched: .+", there, re.MULTILINE):
+            check.say(f"{found[0]}: nothing was tested; mend that, and run this again", False)
             return
     for group in TESTS:
         tests = {f"tests-{name}": _pytest(check, name) for name in group}
         for name, output in check.run_together(tests, TESTS_S).items():
-            check.say(f"{name}: " + output.strip().rpartition("\n")[2].strip("= "))
+            if output:
+                check.say(f"{name}: " + output.strip().rpartition("\n")[2].strip("= "))
 
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     reserved = SANITIZER_S if sanitizer and gpu else 0
@@ -223,8 +237,10 @@ def _parts(check: Check) -> None:
     attention = [python, "-m", "mcf.bench.attention", f"csv_file={check.out / 'attention.csv'}", *small]
     check.run("attention", [*attention, f"seconds={ATTENTION_S}"], ATTENTION_S + 20)
     small = [] if gpu else ["only=sdpa", "size=32", "depth=1", "batch=2", "rounds=1"]
-    blocks = [python, "-m", "mcf.bench.blocks", f"out={check.out}", f"seconds={LEVERS_S - 30}", *small]
-    check.run("levers", blocks, LEVERS_S + 20)
+    # All that is left but for both tools of the sanitizer, which levers would leave nothing to.
+    levers = max(LEVERS_S, check.left() - 2 * reserved - 20)
+    blocks = [python, "-m", "mcf.bench.blocks", f"out={check.out}", f"seconds={levers - LEVER_S:.0f}", *small]
+    check.run("levers", blocks, levers + 20)
 
     if not gpu:
         check.say("no CUDA device was found: the tests that need one were skipped, and no time above is a GPU's", False)

@@ -6,7 +6,9 @@ allocator, compiled code, collected garbage, memory) says nothing of the other.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from mcf import distributed
-from mcf.bench import programs
+from mcf.bench import alone, programs
 from mcf.bench.meter import now, peak_memory, reset_peak
+from mcf.bench.work import Done, Work
 from mcf.config import Recipe
+from mcf.distributed import World
 from mcf.errors import UserError
 
 
@@ -71,6 +74,10 @@ class Apart:
         """The first step's gradients, float32 one after the other, of a program of `mcf`."""
         return self._ask("gradients", None)
 
+    def done(self) -> Done:
+        """What its steps have done so far, of a program of `reference`."""
+        return self._ask("done", None)
+
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
@@ -93,32 +100,35 @@ class Apart:
 
 def _serve(pipe: Connection, name: str, recipe: Recipe, threads: int) -> None:
     """What the process does: build the program, then what it is asked for, until nobody asks any more."""
-    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is told to end by ctrl-C is the benchmark, which ends this
     try:
-        _answer(pipe, name, recipe)
-    except EOFError:
-        return
+        with alone.world(threads) as world:
+            _answer(pipe, name, recipe, world)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # nobody asks any more
     except Exception as error:
         # Who asks next is told why; what is a mistake of the program has its traceback on stderr.
-        pipe.send(
-            Failed(f"{name}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
-        )
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        with contextlib.suppress(OSError):
+            pipe.send(Failed(f"{name}: {why}"))
         if not isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
 
 
-def _answer(pipe: Connection, name: str, recipe: Recipe) -> None:
-    world = distributed.join()
+def _answer(pipe: Connection, name: str, recipe: Recipe, world: World) -> None:
     gradients: list[bytes] = []
+    work: Work | None = None
     if name == "mcf":
         step, program = programs.ours(recipe, world)
         programs.keep_first_gradients(step, gradients)
     else:
-        program = programs.reference(recipe, world)
+        work, program = programs.reference(recipe, world)
     reset_peak(world.device)
     while True:
         what, index = pipe.recv()
         if what == "step":
             pipe.send(take(program, index, world.device))
+        elif what == "peak":
+            pipe.send(peak_memory(world.device))
         else:
-            pipe.send(peak_memory(world.device) if what == "peak" else gradients[0])
+            pipe.send(gradients[0] if work is None else work.done())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import statistics
 import sys
 import time
@@ -36,7 +37,8 @@ KEYS = {
     "rounds": ("15", "rounds, in each of which every implementation has its turn"),
     "threads": (
         "",
-        "CPU threads, default torch's choice; of one, processor time counts, whatever else the machine does",
+        "CPU threads, default torch's choice, at most four a processor; of one, processor time counts, whatever else the "
+        "machine does",
     ),
     "seconds": ("600", "begin with no further shape after so long"),
     "csv_file": ("", "file for the numbers of all implementations, written after each shape"),
@@ -54,7 +56,7 @@ CALLS = {"cpu": 2, "cuda": 5}
 
 @dataclass
 class Measured:
-    """One implementation's passes: columns of `csv_file`.
+    """One implementation's passes: columns of `csv_file`, which says of each row the device and torch's version too.
 
     us: median microseconds of a call, None where it failed.
     times: how many times as fast it is as what `auto` would be without a table: the median of the rounds' ratios.
@@ -112,6 +114,11 @@ def measure(
     tokens, heads, head_dim = shape
     name = str(dtype).removeprefix("torch.")
     found, able = [], {}
+    inputs, lacking = None, ""
+    try:
+        inputs = case(shape, dtype, batch, device, gradient)
+    except Exception as problem:  # too large for memory, or for a number of elements: this shape's failure
+        lacking = f"batch={batch}: inputs cannot be made: {_first_line(problem)}; give a smaller batch"
     for implementation in attention_table.NAMES:
         if device.type != "cuda" and implementation in attention.GPU_ONLY:
             continue
@@ -119,25 +126,31 @@ def measure(
         found.append(row)
         try:
             row.failed = attention.refusal(implementation, device.type, dtype, head_dim, gradient)
+            if not row.failed and lacking:
+                row.broken, row.failed = True, lacking
             if not row.failed:
                 row.error = error(implementation, case(shape, dtype, 2, device, gradient))
                 row.broken = not row.error <= LIMITS[dtype]
                 row.failed = f"wrong: {row.error:.1e} from float64" if row.broken else ""
-            if not row.failed:
-                call(implementation, *case(shape, dtype, batch, device, gradient))  # some fail at full size alone
+            if inputs and not row.failed:
+                call(implementation, *inputs)  # some fail at full size alone
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
         except Exception as problem:  # what a backend can break is its own business, and costs no other its row
-            row.broken, row.failed = True, f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0]}"
+            row.broken, row.failed = True, _first_line(problem)
         if not row.failed:
             able[implementation] = row
-    samples = take_turns(list(able), case(shape, dtype, batch, device, gradient), device, rounds)
+    samples = take_turns(list(able), inputs, device, rounds) if inputs else {}
     usual, _ = attention.usual(device.type, dtype, head_dim)
     for implementation, row in able.items():
         row.us = statistics.median(samples[implementation])
         if usual in samples:
             row.times = statistics.median(b / a for a, b in zip(samples[implementation], samples[usual]))
     return found
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0]}"
 
 
 def error(implementation: str, inputs: tuple[Tensor, Tensor]) -> float:
@@ -224,7 +237,7 @@ def run(argv: list[str], values: dict[str, str]) -> int:
     shapes, types = _shapes(values["shapes"]), chosen("precision", values["precision"], list(PRECISIONS))
     batch = _whole("batch", values["batch"] or ("256" if device.type == "cuda" else "8"))
     if values["threads"]:
-        torch.set_num_threads(_whole("threads", values["threads"]))
+        torch.set_num_threads(_threads(values["threads"]))
     rounds, seconds = _whole("rounds", values["rounds"]), number("seconds", values["seconds"], 0)
     record = chosen("record", values["record"], ["true", "false"]) == ["true"]
     file = Path(values["csv_file"]) if values["csv_file"] else None
@@ -256,7 +269,7 @@ def run(argv: list[str], values: dict[str, str]) -> int:
         everything, table = everything + rows, table | found
         print(lines(rows, found), flush=True)
         if file:
-            _write(file, everything)
+            _write(file, everything, origin)
     print("\nRows of mcf/attention_table.csv:")
     csv.writer(sys.stdout, lineterminator="\n").writerows(attention_table.cells(*item) for item in table.items())
     if record:
@@ -287,12 +300,21 @@ def _whole(key: str, text: str) -> int:
     return int(value)
 
 
-def _write(file: Path, rows: list[Measured]) -> None:
+def _threads(text: str) -> int:
+    """Threads by the thousand end the process where torch makes them, without a word."""
+    value, most = _whole("threads", text), 4 * (os.cpu_count() or 1)
+    if value > most:
+        raise ArgumentError(f"threads={text}: must be at most {most}, four for each processor of this machine")
+    return value
+
+
+def _write(file: Path, rows: list[Measured], origin: dict[str, str]) -> None:
     try:
         with file.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, [field.name for field in fields(Measured)])
+            machine = {name: origin[name] for name in ("device", "torch")}
+            writer = csv.DictWriter(stream, [*(field.name for field in fields(Measured)), *machine])
             writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+            writer.writerows(asdict(row) | machine for row in rows)
     except OSError as error:
         raise ArgumentError(f"csv_file={file}: cannot be written ({error.strerror}); give another file") from None
 

@@ -6,7 +6,8 @@
 What is left out of a step (heads, contrast, optimiser, average) is a hundredth of its operations. torch alone is needed,
 and triton for kernels: this is for a machine on which nothing else is installed (`make gpu-check`); where all is,
 `mcf.bench part=levers` measures whole steps. Where memory does not suffice, the batch is halved. A lever and none take
-turns; numbers are in OUT/levers.csv after each lever.
+turns; numbers are in OUT/levers.csv after each lever. What has to be compiled comes last: where time is short, the rest is
+known.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcf import kernels
+from mcf import attention, kernels
+from mcf.kernels.arguments import ArgumentError, nearest, number, parse, said
+from mcf.kernels.bench.table import here
 from mcf.models import float8
 from mcf.models.decoder import Decoder
 from mcf.models.patches import unpatchify
@@ -43,20 +46,29 @@ LEVERS: dict[str, dict[str, Any]] = {
     "attention: sdpa": {"attention": "sdpa"},
     "attention: xformers": {"attention": "xformers"},
     "kernels": {"kernels": "triton"},
-    "compiled blocks": {"compile": True},
     "teacher's stream bf16": {"stream": True},
-    "all": {"attention": "auto", "kernels": "auto", "compile": True, "stream": True},
     "teacher float8": {"float8": True},
-    "teacher float8 + compiled + stream": {"float8": True, "compile": True, "stream": True},
     "teacher recomputed": {"recompute": ("teacher",)},
     "all recomputed": {"recompute": ("encoder", "decoder", "teacher")},
+    "compiled blocks": {"compile": True},
+    "all": {"attention": "auto", "kernels": "auto", "compile": True, "stream": True},
+    "teacher float8 + compiled + stream": {"float8": True, "compile": True, "stream": True},
 }
 COLUMNS = (
     "lever", "images_per_second", "none_images_per_second", "times", "peak_mib", "none_peak_mib", "launches", "loss_difference",
-    "gradient_difference", "of_matmul", "failed",
+    "gradient_difference", "of_matmul", "failed", "attention", "device", "torch",
 )  # fmt: skip
+KEYS = {
+    "out": (".", "folder for levers.csv, made if it is missing"),
+    "only": ("", "levers with this in their names"),
+    "batch": ("128", "images a step; halved until memory suffices on a GPU"),
+    "rounds": ("10", "rounds, in each of which a lever and none have their turns"),
+    "seconds": ("200", "begin with no further lever after so long"),
+    "size": ("224", "side of the images, pixels: a multiple of 16"),
+    "depth": ("12", "blocks of encoder and teacher"),
+}
 # ViT-B/16 at 224 pixels, MAE's decoder.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "size": 224,
     "patch": 16,
     "width": 768,
@@ -142,6 +154,26 @@ def levers(device: torch.device, only: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def attention_of(shape: dict[str, Any], device: torch.device, implementation: str) -> str:
+    """What computes attention in a step by a name of `mcf.attention`: one name, or several with whose they are."""
+    if implementation != "auto":
+        return implementation
+    patches, (decoder, _, heads) = (shape["size"] // shape["patch"]) ** 2, shape["decoder"]
+    width = shape["width"] // shape["heads"]
+    # Tokens, width of a head, and whether gradients follow: the momentum encoder has none, nor the teacher on the image.
+    calls = {
+        "encoder": ((patches // 4 + 1, width, False), (patches // 4 + 1, width, True)),
+        "decoder": ((patches + 1, decoder // heads, True),),
+        "teacher": ((patches + 1, width, False), (patches + 1, width, True)),
+    }
+    found = {
+        part: list(dict.fromkeys(attention.resolve("auto", device.type, torch.bfloat16, *call) for call in its))
+        for part, its in calls.items()
+    }
+    names = {name for its in found.values() for name in its}
+    return names.pop() if len(names) == 1 else ", ".join(f"{part} {'/'.join(its)}" for part, its in found.items())
+
+
 def measure(
     shape: dict[str, Any],
     device: torch.device,
@@ -152,8 +184,14 @@ def measure(
     seconds: float,
     out: Path,
 ) -> int:
-    """Every lever beside none; the number that failed. Begins with no further lever after so many seconds."""
+    """Every lever beside none; the number that failed. Begins with no further lever after so many seconds.
+
+    Raises:
+        ArgumentError: the images cannot be allocated.
+    """
     began = time.monotonic()
+    machine = here(device)
+    threads = "" if device.type == "cuda" else f", threads: {torch.get_num_threads()}"
     none = build(shape, device, NONE)
     images, loss = _fitting(none, shape, device, batch)
     batch, gradient = len(images), none.gradient()
@@ -163,9 +201,9 @@ def measure(
     flops, peak = counter.get_total_flops(), matmul_rate(device)
     print(
         f"batch {batch}, {flops / 1e9:.1f} GFLOP an image, bfloat16 products at {peak / 1e12:.2f} TFLOP/s, "
-        f"torch {torch.__version__}\n"
+        f"{machine.device}{threads}, torch {machine.torch}\n"
         f"{'lever':36}{'images/s':>10}{'none':>9}{'times':>7}{'MiB':>8}{'none':>8}{'launches':>9}{'of matmul':>10}"
-        f"{'loss ±':>9}{'gradient ±':>11}",
+        f"{'loss ±':>9}{'gradient ±':>11}  attention",
         flush=True,
     )
     failed = 0
@@ -173,7 +211,7 @@ def measure(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for name, keys in chosen.items():
-            row: dict[str, Any] = {"lever": name}
+            row: dict[str, Any] = {"lever": name, "device": machine.device + threads, "torch": machine.torch}
             if time.monotonic() - began > seconds:
                 row["failed"] = f"left out: {seconds:.0f} s were over"
             elif keys.get("float8") and (why := float8.unavailable(device)):
@@ -184,6 +222,7 @@ def measure(
                     row["of_matmul"] = row["images_per_second"] * flops / peak
                     row["loss_difference"] = abs(row.pop("loss") / loss.item() - 1)
                     row["gradient_difference"] = float((row.pop("gradient") - gradient).norm() / gradient.norm())
+                    row["attention"] = attention_of(shape, device, {**NONE, **keys}["attention"])
                 except Exception as error:
                     row["failed"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
                     failed += 1
@@ -200,7 +239,13 @@ def measure(
 def _fitting(none: Networks, shape: dict[str, Any], device: torch.device, batch: int) -> tuple[Tensor, Tensor]:
     """Images for which the memory of two suffices, and the loss on them."""
     size = shape["size"]
-    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    try:
+        images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    except (RuntimeError, TypeError) as error:  # too large for memory, or for a number of elements
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise ArgumentError(
+            f"batch={batch}: images of {size} pixels cannot be allocated ({reason}); give a smaller batch"
+        ) from None
     while len(images) > 2 and not _fits(none, images, shape["patch"]):
         images = images[: len(images) // 2]
     return images, none.step(images, shape["patch"])
@@ -295,30 +340,56 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['lever']:36}{row['images_per_second']:10.1f}{row['none_images_per_second']:9.1f}{row['times']:7.2f}"
         f"{row['peak_mib']:8.0f}{row['none_peak_mib']:8.0f}{row['launches'] or '':>9}{row['of_matmul']:10.0%}"
-        f"{row['loss_difference']:9.1e}{row['gradient_difference']:11.1e}"
+        f"{row['loss_difference']:9.1e}{row['gradient_difference']:11.1e}  {row['attention']}"
     )
 
 
 def main(argv: list[str]) -> int:
-    """`out=FOLDER only=WORD batch=N rounds=N seconds=N size=PIXELS depth=BLOCKS`; 1 if a lever failed."""
-    known = {"out": ".", "only": "", "batch": "128", "rounds": "10", "seconds": "200", "size": "224", "depth": "12"}
-    for word in argv:
-        key, _, value = word.partition("=")
-        if key not in known or not value:
-            print(
-                f"error: {word}: unknown; there are {', '.join(f'{k}={v}' for k, v in known.items())}", file=sys.stderr
+    """The benchmark; 1 if a lever failed, 2 if a value is wrong, which is said before anything is measured."""
+    try:
+        values = parse("mcf.bench.blocks", "measures what each lever is worth to the networks", KEYS, argv)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        batch, rounds, depth = (_whole(key, values[key]) for key in ("batch", "rounds", "depth"))
+        seconds = number("seconds", values["seconds"], 0)
+        size, patch = _whole("size", values["size"]), SHAPE["patch"]
+        # The encoder sees a quarter of the patches: of fewer than four, none.
+        if size % patch or size < 2 * patch:
+            raise ArgumentError(
+                f"size={values['size']}: must be a multiple of {patch}, the patch size, from {2 * patch} on"
             )
-            return 2
-        known[key] = value
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    depth = int(known["depth"])
-    taps = tuple(tap for tap in SHAPE["taps"] if tap < depth - 1)  # type: ignore[attr-defined]
-    shape = {**SHAPE, "size": int(known["size"]), "depth": depth, "taps": (*taps, depth - 1)}
-    failed = measure(
-        shape, device, levers(device, known["only"]), batch=int(known["batch"]), rounds=int(known["rounds"]),
-        seconds=float(known["seconds"]), out=Path(known["out"]),
-    )  # fmt: skip
+        chosen, every = levers(device, values["only"]), list(levers(device, ""))
+        if not chosen:
+            raise ArgumentError(
+                f"only={values['only']}: no lever of this device has it in its name{nearest(values['only'], every)}; "
+                f"there are {', '.join(every)}"
+            )
+        taps = tuple(tap for tap in SHAPE["taps"] if tap < depth - 1)
+        shape = {**SHAPE, "size": size, "depth": depth, "taps": (*taps, depth - 1)}
+        out = _folder(values["out"])
+        failed = measure(shape, device, chosen, batch=batch, rounds=rounds, seconds=seconds, out=out)
+    except ArgumentError as error:
+        return said(error)
     return 1 if failed else 0
+
+
+def _whole(key: str, text: str) -> int:
+    value = number(key, text, 1)
+    if value != int(value):
+        raise ArgumentError(f"{key}={text}: must be a whole number")
+    return int(value)
+
+
+def _folder(text: str) -> Path:
+    """The folder, in which levers.csv can be written: minutes later would be late to find out."""
+    out = Path(text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "levers.csv").open("a").close()
+    except OSError as error:
+        raise ArgumentError(
+            f"out={text}: levers.csv cannot be written there ({error.strerror}); give another folder"
+        ) from None
+    return out
 
 
 if __name__ == "__main__":

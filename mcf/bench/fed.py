@@ -10,7 +10,6 @@ lies ready is taken before its clock runs: each step of it pays for a micro-batc
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -21,10 +20,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from mcf import cli, distributed
+from mcf import cli, memory
+from mcf.bench import alone
 from mcf.bench.files import JsonFile, save
-from mcf.bench.meter import machine_name, now, settle
-from mcf.bench.step import DEFAULT_RECIPE, sized
+from mcf.bench.meter import now, settle
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.data.loader import Batch, Loader
 from mcf.distributed import World
@@ -38,11 +37,13 @@ class FedConfig(Section):
 
     part: Literal["fed"] = Field("fed", description="which benchmark")
     batch: Positive = Field(8, description="images a step; no accumulation")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the matrix work")
+    precision: Literal["auto", "bf16", "fp32"] | None = Field(
+        None, description="precision of the matrix work; auto: the faster one here; default: the recipe's"
+    )
     steps: Positive = Field(5, description="steps of a block")
     rounds: Positive = Field(5, description="blocks of each")
     warmup: NonNegative = Field(2, description="steps before the first block")
-    threads: Positive | None = Field(None, description="CPU threads of the step; default: torch's choice")
+    threads: Positive | None = Field(None, description="CPU threads of the step; default: as many as a run takes")
     json_file: JsonFile | None = Field(None, description="file for the numbers; they are printed in any case")
 
 
@@ -77,13 +78,11 @@ class Way:
 @cli.main
 def main(argv: list[str]) -> int:
     """The benchmark."""
-    if not any(word.startswith("recipe=") for word in argv):
-        argv = [f"recipe={DEFAULT_RECIPE}", *argv]
-    recipe, config = cli.load(argv, FedConfig, verb="bench part=fed")
-    recipe = sized(recipe, batch=config.batch, precision=config.precision)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    result = measure(recipe, config, distributed.join())
+    recipe, config = alone.load(argv, FedConfig, "fed")
+    with alone.world(config.threads) as world:
+        chosen = alone.chosen(config.precision, recipe, world.device)
+        recipe = alone.sized(recipe, batch=config.batch, precision=chosen)
+        result = alone.about("fed", recipe, world.device, argv) | measure(recipe, config, world)
     print(table(result))
     print(json.dumps(result))
     save(config.json_file, result)
@@ -92,6 +91,7 @@ def main(argv: list[str]) -> int:
 
 def measure(recipe: Recipe, config: FedConfig, world: World) -> dict[str, Any]:
     """Numbers of both ways, and the share of its images/s that the step loses to the loader."""
+    alone.prepare(recipe, world.device)
     teacher = load_teacher(
         recipe.teacher, image_size=recipe.model.image_size, attention=recipe.attention, kernels=recipe.kernels,
         seed=recipe.seed,
@@ -109,6 +109,8 @@ def measure(recipe: Recipe, config: FedConfig, world: World) -> dict[str, Any]:
         nonlocal taken
         outcome = step(taken, iter([batch]))
         float(outcome.terms[0]["total"])  # wait for it
+        if not taken:
+            memory.leave_out_of_collections()
         taken += 1
 
     try:
@@ -123,10 +125,7 @@ def measure(recipe: Recipe, config: FedConfig, world: World) -> dict[str, Any]:
     plain, fed = ways
     losses = [1 - without / with_it for without, with_it in zip(plain.seconds, fed.seconds)]
     return {
-        "part": "fed", "recipe": recipe.name, "batch": recipe.batch, "precision": recipe.train.precision,
-        "steps": config.steps, "rounds": config.rounds, "device": machine_name(world.device),
-        "threads": torch.get_num_threads(), "decoder_threads": loader.threads, "prefetch": recipe.data.prefetch,
-        "torch": torch.__version__, "python": platform.python_version(),
+        "steps": config.steps, "rounds": config.rounds, "decoder_threads": loader.threads, "prefetch": recipe.data.prefetch,
         "rows": {
             way.name: {
                 "seconds": way.seconds, "cpu_seconds": way.cpu_seconds, "wait_share": statistics.median(way.waits),

@@ -9,7 +9,6 @@ A row is written as soon as it is known; a lever that fails here says why and co
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-from mcf import cli, distributed, linear, precision
+from mcf import cli
+from mcf.bench import alone
 from mcf.bench.apart import Apart
 from mcf.bench.files import JsonFile, save
-from mcf.bench.meter import machine_name
-from mcf.bench.step import DEFAULT_RECIPE, Contestant, race, sized
+from mcf.bench.step import Contestant, race
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.errors import UserError
 from mcf.models import float8
@@ -74,12 +73,12 @@ class LeversConfig(Section):
 
     part: Literal["levers"] = Field("levers", description="which benchmark")
     batch: Positive = Field(8, description="images a step; no accumulation")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="precision of the matrix work; auto: the faster one here"
+    precision: Literal["auto", "bf16", "fp32"] | None = Field(
+        None, description="precision of the matrix work; auto: the faster one here; default: the recipe's"
     )
     steps: Positive = Field(5, description="timed steps of each")
     warmup: NonNegative = Field(2, description="steps before the clock starts; the first one compiles")
-    threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
+    threads: Positive | None = Field(None, description="CPU threads; default: as many as a run takes")
     only: str | None = Field(
         None, description="levers to try, by a part of their names (`compiled`); default: all of them"
     )
@@ -90,20 +89,16 @@ class LeversConfig(Section):
 @cli.main
 def main(argv: list[str]) -> int:
     """The benchmark. Returns 0, or 1 if a lever failed."""
-    if not any(word.startswith("recipe=") for word in argv):
-        argv = [f"recipe={DEFAULT_RECIPE}", *argv]
-    recipe, config = cli.load(argv, LeversConfig, verb="bench part=levers")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = distributed.join().device
-    linear.use(recipe.speed.linear)  # auto measures as a run multiplies
-    chosen = precision.choose(device) if config.precision == "auto" else config.precision
-    recipe = sized(recipe, batch=config.batch, precision=chosen)
-    result: dict[str, Any] = {
-        "part": "levers", "recipe": recipe.name, "batch": recipe.batch, "precision": chosen, "device": machine_name(device),
-        "threads": torch.get_num_threads(), "steps": config.steps, "torch": torch.__version__,
-        "python": platform.python_version(), "rows": {},
-    }  # fmt: skip
+    recipe, config = alone.load(argv, LeversConfig, "levers")
+    with alone.world(config.threads) as world:
+        return measure(recipe, config, world.device, argv)
+
+
+def measure(recipe: Recipe, config: LeversConfig, device: torch.device, argv: list[str]) -> int:
+    """Try the levers, and tell and keep their rows; the exit status."""
+    chosen = alone.chosen(config.precision, recipe, device)
+    recipe = alone.sized(recipe, batch=config.batch, precision=chosen)
+    result: dict[str, Any] = alone.about("levers", recipe, device, argv) | {"steps": config.steps, "rows": {}}
     tried = levers(device.type, chosen, config.only)  # refuses before a process is started
     print(heading(result), flush=True)
     began, plain = time.monotonic(), with_keys(recipe, NONE)

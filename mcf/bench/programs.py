@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from mcf import kernels, linear, memory
+from mcf import kernels, memory
+from mcf.bench.alone import prepare
 from mcf.bench.plain import PlainMCF
+from mcf.bench.work import AVERAGES, Work
 from mcf.config import Recipe
 from mcf.data.loader import Batch
 from mcf.distributed import World
 from mcf.models import MomentumBranch, Teacher, build_student
 from mcf.models.patches import normalise
-from mcf.plan import make_plan
+from mcf.plan import Plan, make_plan
+from mcf.schedule import learning_rate
 from mcf.step import Step
 from mcf.weights import load_teacher
-from mcf.weights.reference import to_reference
+from mcf.weights.reference import theirs, to_reference
 
 LOSSES = ("feature", "contrast")
 
@@ -30,10 +33,8 @@ Program = Callable[[int], dict[str, float]]
 
 def ours(recipe: Recipe, world: World) -> tuple[Step, Program]:
     """The step that `mcf.train` runs, set up as it sets it up."""
-    linear.use(recipe.speed.linear)
-    if recipe.speed.keep_memory and world.device.type == "cpu":
-        memory.keep_freed_memory()
-    step = Step(recipe, make_plan(recipe, recipe.data.samples or 1_000_000), _teacher(recipe), world)
+    prepare(recipe, world.device)
+    step = Step(recipe, _plan(recipe), _teacher(recipe), world)
     batch = _batches(recipe, world)
 
     def take(index: int) -> dict[str, float]:
@@ -58,8 +59,24 @@ def keep_first_gradients(step: Step, kept: list[bytes]) -> None:
     step.engine.step = first  # type: ignore[method-assign]
 
 
-def reference(recipe: Recipe, world: World) -> Program:
-    """The released code's way (`mcf.bench.plain`), from the weights that `ours` starts from."""
+def watch(step: Step) -> Work:
+    """Look on while the step works, from here on."""
+    network, apply = step.engine.module, step.engine.step
+    parameters = {theirs(f"student.{name}"): p for name, p in network.named_parameters() if p.requires_grad}
+    averages = {theirs(f"momentum.{name}"): p for name, p in step.momentum.named_parameters()}
+    work = Work(parameters | averages)
+
+    def first(*arguments: Any, **named: Any) -> Any:
+        work.note_gradients(parameters.items())
+        step.engine.step = apply  # type: ignore[method-assign]
+        return apply(*arguments, **named)
+
+    step.engine.step = first  # type: ignore[method-assign]
+    return work
+
+
+def reference(recipe: Recipe, world: World) -> tuple[Work, Program]:
+    """The released code's way (`mcf.bench.plain`), from the weights that `ours` starts from; and who looks on."""
     if recipe.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # of its convolution; ours has none, and they are to be equal
     teacher, patches = recipe.teacher, recipe.model.patches
@@ -72,7 +89,15 @@ def reference(recipe: Recipe, world: World) -> Program:
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.optimizer.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=1e-6, betas=recipe.optimizer.betas)
+    optimiser = torch.optim.AdamW(groups, lr=1e-6, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
+    plan = _plan(recipe)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    work = Work(
+        {
+            **dict(named),
+            **{n: p for n, p in model.named_parameters() if n.startswith(AVERAGES) and not n.endswith("pos_embed")},
+        }
+    )
     batch = _batches(recipe, world)
     # Its data loader's workers normalise, so that is not in its step; ours does it inside.
     pixels = normalise(batch(0).images).contiguous()
@@ -87,11 +112,19 @@ def reference(recipe: Recipe, world: World) -> Program:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
             losses = model(pixels, noise, noise_target)
         losses["total"].backward()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(index, plan, recipe.optimizer)
+        if index == 0:
+            work.note_gradients(named)
         optimiser.step()
         optimiser.zero_grad()
         return {name: float(losses[name].detach()) for name in (*LOSSES, "total")}
 
-    return take
+    return work, take
+
+
+def _plan(recipe: Recipe) -> Plan:
+    return make_plan(recipe, recipe.data.samples or 1_000_000)
 
 
 def _batches(recipe: Recipe, world: World) -> Callable[[int], Batch]:

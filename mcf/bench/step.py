@@ -13,7 +13,6 @@ and the status is 1.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -23,12 +22,13 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from mcf import cli, distributed, linear, precision
-from mcf.bench import parts, programs, trace
+from mcf import cli
+from mcf.bench import alone, parts, programs, trace
 from mcf.bench.apart import Apart, Taken, take
 from mcf.bench.files import JsonFile, save
-from mcf.bench.meter import machine_name, peak_memory, reset_peak
+from mcf.bench.meter import peak_memory, reset_peak
 from mcf.bench.programs import Program
+from mcf.bench.work import Done, Work, unlike
 from mcf.config import NonNegative, Positive, Recipe, Section
 from mcf.costs import count_flops
 from mcf.distributed import World
@@ -42,7 +42,7 @@ TOLERANCE = {
     "fp32": {"feature": 2e-5, "contrast": 2e-5, "total": 2e-5},
     "bf16": {"feature": 5e-3, "contrast": 3e-2, "total": 5e-3},
 }
-DEFAULT_RECIPE = "vit_b_20m"
+LEAST = 4  # images of a step that is compared
 
 
 class StepConfig(Section):
@@ -50,18 +50,18 @@ class StepConfig(Section):
 
     part: Literal["step"] = Field("step", description="which benchmark")
     batch: Positive = Field(8, description="images a step; no accumulation")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "bf16", description="precision of the matrix work; auto: the faster one here"
+    precision: Literal["auto", "bf16", "fp32"] | None = Field(
+        None, description="precision of the matrix work; auto: the faster one here; default: the recipe's"
     )
     steps: Positive = Field(5, description="timed steps")
     warmup: NonNegative = Field(1, description="steps before the clock starts")
-    threads: Positive | None = Field(None, description="CPU threads; default: torch's choice")
+    threads: Positive | None = Field(None, description="CPU threads; default: as many as a run takes")
     compare: Literal["none", "reference"] = Field("none", description="take turns with the reference's plain step")
     reference_precision: Literal["same", "bf16", "fp32"] = Field(
         "same", description="precision of the reference's step"
     )
     parts: bool = Field(False, description="time each part of our step, and its share of the machine's matmul rate")
-    profile: str | None = Field(None, description="file for a trace of one more step (chrome://tracing, Perfetto)")
+    profile: JsonFile | None = Field(None, description="file for a trace of one more step (chrome://tracing, Perfetto)")
     json_file: JsonFile | None = Field(None, description="file for the numbers; they are printed in any case")
 
 
@@ -70,6 +70,7 @@ class Contestant:
     """A program of the step, here or in a process of its own, and the timed steps that it took.
 
     losses: of all its steps. clock: its stopwatch if its parts are timed; parts: what that showed at each timed step.
+    work: who looks on, for a program that is here.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Contestant:
     taken: list[Taken] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)
     clock: parts.Stopwatch | None = None
+    work: Work | None = None
     parts: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -99,6 +101,12 @@ class Contestant:
         """The step of a number, and what it took."""
         return self.program.step(index) if isinstance(self.program, Apart) else take(self.program, index, device)
 
+    def done(self) -> Done:
+        """What its steps have done."""
+        if isinstance(self.program, Apart):
+            return self.program.done()
+        return self.work.done() if self.work else Done()
+
     def peak(self, device: torch.device) -> int:
         """The most bytes that it held since its first step."""
         return self.program.peak() if isinstance(self.program, Apart) else peak_memory(device)
@@ -111,43 +119,47 @@ class Contestant:
 
 @cli.main
 def main(argv: list[str]) -> int:
-    """The benchmark. Returns 0, or 1 if the two programs' losses differ."""
-    if not any(word.startswith("recipe=") for word in argv):
-        argv = [f"recipe={DEFAULT_RECIPE}", *argv]
-    recipe, config = cli.load(argv, StepConfig, verb="bench part=step")
+    """The benchmark. Returns 0, or 1 if the two programs' steps differ."""
+    recipe, config = alone.load(argv, StepConfig, "step")
     if config.compare == "reference":
-        _comparable(recipe)
+        _comparable(recipe, config.batch)
     elif config.reference_precision != "same":
         raise UserError(
             f"reference_precision={config.reference_precision} without a reference; give compare=reference too"
         )
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    world = distributed.join()
-    linear.use(recipe.speed.linear)  # auto measures as a run multiplies
-    chosen = precision.choose(world.device) if config.precision == "auto" else config.precision
-    recipe = sized(recipe, batch=config.batch, precision=chosen)
-    theirs = chosen if config.reference_precision == "same" else config.reference_precision
-    reference = with_precision(recipe, theirs) if config.compare == "reference" else None
+    if config.profile and config.profile == config.json_file:
+        raise UserError(f"profile={config.profile}: json_file is the same file; give two")
+    with alone.world(config.threads) as world:
+        return measure(recipe, config, world, argv)
+
+
+def measure(recipe: Recipe, config: StepConfig, world: World, argv: list[str]) -> int:
+    """Race, tell and keep the numbers; the exit status."""
+    ours = alone.chosen(config.precision, recipe, world.device)
+    recipe = alone.sized(recipe, batch=config.batch, precision=ours)
+    theirs = ours if config.reference_precision == "same" else config.reference_precision
+    reference = alone.with_precision(recipe, theirs) if config.compare == "reference" else None
     contestants = prepare(recipe, world, reference, watched=config.parts or config.profile is not None)
     try:
         race(contestants, world.device, warmup=config.warmup, steps=config.steps)
-        result = report(contestants, recipe, config, world.device)
+        result = alone.about("step", recipe, world.device, argv) | report(contestants, recipe, config, world.device)
+        difference = unequal(contestants, "bf16" if "bf16" in (ours, theirs) else "fp32")
     finally:
         for contestant in contestants:
             contestant.close()
     print(table(result))
     if config.parts:
         print(parts.table(result["parts"], result["rates"], result["matmul_rate"]))
+    save(config.json_file, result)
     if config.profile:
         found = trace.record(lambda: contestants[0].step(config.warmup + config.steps, world.device), config.profile)
         result["launches"] = sum(found["launches"].values())
         print(trace.table(found))
         print(f"trace: {config.profile}")
+        save(config.json_file, result)
     print(json.dumps(result))
-    save(config.json_file, result)
-    if difference := unequal(contestants, "bf16" if "bf16" in (chosen, theirs) else "fp32"):
-        print(f"error: {difference}", file=sys.stderr)
+    if difference:
+        print(f"error: {difference}: not the same step, its times mean nothing", file=sys.stderr)
         return 1
     return 0
 
@@ -164,6 +176,7 @@ def prepare(
     reset_peak(world.device)
     contestants = [Contestant("mcf", program, clock=parts.watch(step) if watched else None)]
     if reference is not None:
+        contestants[0].work = programs.watch(step)
         contestants.append(Contestant("reference", Apart("reference", reference, torch.get_num_threads())))
     return contestants
 
@@ -177,21 +190,24 @@ def race(contestants: list[Contestant], device: torch.device, *, warmup: int, st
 
 
 def unequal(contestants: list[Contestant], precision: str) -> str:
-    """How the losses of the first step differ beyond TOLERANCE; empty if they do not, or there is nothing to compare."""
+    """How the steps differ beyond rounding: the first one's losses and gradients, and what all have moved.
+
+    Empty if they do not, or there is nothing to compare.
+    """
     if len(contestants) < 2:
         return ""
     ours, theirs = (c.losses[0] for c in contestants)
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        return f"only one has {odd[0]} among its losses"
     for name, value in ours.items():
         if not abs(value - theirs[name]) <= TOLERANCE[precision][name] * abs(theirs[name]):
-            return (
-                f"{name} is {value:.7g}, the reference's {theirs[name]:.7g}: not the same step, its times mean nothing"
-            )
-    return ""
+            return f"{name} is {value:.7g}, the reference's {theirs[name]:.7g}"
+    return unlike(contestants[0].done(), contestants[1].done(), precision, len(contestants[0].losses))
 
 
 def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, device: torch.device) -> dict[str, Any]:
     """Numbers of the run: images/s from the median step of each, the ratio, machine and versions."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for contestant in contestants:
         median, slow = (float(np.percentile(contestant.seconds, p)) for p in (50, 99))
         rows[contestant.name] = {
@@ -207,21 +223,17 @@ def report(contestants: list[Contestant], recipe: Recipe, config: StepConfig, de
     if len(contestants) == 2:
         # Of neighbours in time, which a machine shared with others slows alike.
         ratio = statistics.median(b / a for a, b in zip(contestants[0].seconds, contestants[1].seconds))
-    result = {
-        "part": "step", "recipe": recipe.name, "batch": config.batch, "precision": recipe.train.precision,
-        "reference_precision": config.reference_precision, "zero_stage": recipe.train.zero_stage,
-        "device": machine_name(device), "threads": torch.get_num_threads(), "steps": config.steps,
-        "torch": torch.__version__, "python": platform.python_version(), "rows": rows, "ratio": ratio,
+    flops = count_flops(recipe)
+    peak = parts.matmul_rate(device, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    result: dict[str, Any] = {
+        "reference_precision": config.reference_precision, "steps": config.steps, "rows": rows, "ratio": ratio,
+        "flops": recipe.batch * flops.total, "matmul_rate": peak,
+        # MFU, of the rate that this machine reaches in large products rather than of a data sheet's.
+        "mfu": recipe.batch * flops.total / rows[contestants[0].name]["p50"] / peak,
     }  # fmt: skip
     if config.parts:
-        flops, seconds = count_flops(recipe), parts.medians(contestants[0].parts)
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        result |= {
-            "parts": seconds,
-            "rates": parts.rates(seconds, flops, recipe.batch),
-            "flops": recipe.batch * flops.total,
-            "matmul_rate": parts.matmul_rate(device, dtype),
-        }
+        seconds = parts.medians(contestants[0].parts)
+        result |= {"parts": seconds, "rates": parts.rates(seconds, flops, recipe.batch)}
     return result
 
 
@@ -238,6 +250,10 @@ def table(result: dict[str, Any]) -> str:
             f"{row['p99_to_p50']:9.2f}{row['cpu_seconds']:12.3f}{row['peak_memory'] / 2**20:8.0f}"
             f"{row['first_losses']['total']:12.5f}"
         )
+    lines.append(
+        f"{result['flops'] / result['batch'] / 1e9:.4g} GFLOP an image: {result['mfu']:.0%} of the "
+        f"{result['matmul_rate'] / 1e12:.3g} TFLOP/s that large matrix products reach here"
+    )
     if result["ratio"] is not None:
         ours, theirs = (row["peak_memory"] for row in result["rows"].values())
         other = result["reference_precision"]
@@ -249,36 +265,25 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sized(recipe: Recipe, *, batch: int, precision: str) -> Recipe:
-    """The recipe on one rank at this batch and precision, with a random teacher where it has one."""
-    teacher = recipe.teacher
-    if teacher.source != "none":
-        teacher = teacher.model_copy(update={"source": "random"})
-    single = recipe.model_copy(
-        update={
-            "batch": batch, "micro_batch": batch, "nodes": 1, "gpus_per_node": 1, "teacher": teacher,
-            "data": recipe.data.model_copy(update={"streams": batch}),
-        }
-    )  # fmt: skip
-    return with_precision(single, precision)
-
-
-def with_precision(recipe: Recipe, precision: str) -> Recipe:
-    """The recipe with its matrix work in a precision."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
-
-
-def _comparable(recipe: Recipe) -> None:
+def _comparable(recipe: Recipe, batch: int) -> None:
     """Refuse what the reference cannot do: it has no other choices than its own."""
     faithful = {
-        "loss.pixel": (recipe.loss.pixel, 0), "loss.feature_axis": (recipe.loss.feature_axis, "tokens"),
-        "mask.momentum": (recipe.mask.momentum, "independent"), "teacher.source": (recipe.teacher.source == "none", False),
+        "teacher.source": (recipe.teacher.source != "none", True), "loss.feature": (recipe.loss.feature > 0, True),
+        "loss.contrast": (recipe.loss.contrast > 0, True), "loss.pixel": (recipe.loss.pixel, 0),
+        "loss.feature_axis": (recipe.loss.feature_axis, "tokens"), "mask.momentum": (recipe.mask.momentum, "independent"),
+        "model.variant": (recipe.model.variant, "plain"), "contrast.scope": (recipe.contrast.scope, "micro_batch"),
+        "momentum.update": (recipe.momentum.update, "micro_batch"), "momentum.schedule": (recipe.momentum.schedule, "constant"),
     }  # fmt: skip
     for key, (value, only) in faithful.items():
         if value != only:
             raise UserError(
                 f"compare=reference: recipe {recipe.name} departs from the reference in {key}; use compare=none"
             )
+    if batch < LEAST:
+        raise UserError(
+            f"compare=reference batch={batch}: BatchNorm over so few images makes other losses of roundings; give batch={LEAST} "
+            "or more"
+        )
 
 
 if __name__ == "__main__":

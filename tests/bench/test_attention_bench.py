@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -31,10 +32,13 @@ def table(tmp_path, monkeypatch):
     return file
 
 
-def run(*words: str) -> int:
+SMALL = ("shapes=7x2x8", "precision=fp32", "batch=2", "rounds=3", "threads=1")
+
+
+def run(*more: str, words: tuple[str, ...] = SMALL) -> int:
     threads = torch.get_num_threads()
     try:
-        return bench.main(["shapes=7x2x8", "precision=fp32", "batch=2", "rounds=3", "threads=1", *words])
+        return bench.main([*words, *more])
     finally:
         torch.set_num_threads(threads)
 
@@ -63,6 +67,7 @@ def test_rows_are_printed_and_recorded_and_numbers_kept(table, tmp_path, capsys)
             # The table keeps four digits.
             assert float(number["us"]) == pytest.approx(row.us[number["implementation"]], rel=1e-3)
             assert float(number["error"]) < 2e-6 and number["gradient"] == str(key.gradient)
+            assert (number["device"], number["torch"]) == (row.device, row.torch)
         (starred,) = [line for line in shown[2:8] if "*" in line and ("both" in line) == key.gradient]
         assert f" {row.choice}* " in starred
 
@@ -89,6 +94,30 @@ def test_what_is_wrong_or_breaks_is_neither_timed_nor_taken(table, monkeypatch, 
         assert row.choice == "math" and list(row.us) == ["math"]
     shown = capsys.readouterr().out
     assert shown.count("wrong: 1.0e-03 from float64") == 2 and "no such kernel" in shown and "at all" not in shown
+
+
+@pytest.mark.parametrize("batch", ["1e12", "1e30"])
+def test_inputs_that_memory_does_not_hold_are_the_shapes_failure(batch, table, tmp_path, capsys):
+    file = tmp_path / "numbers.csv"
+    before = table.read_text()
+    assert run(f"csv_file={file}", "record=true", f"batch={batch}", words=("shapes=7x2x8", "precision=fp32")) == 1
+    rows = list(csv.DictReader(file.open()))
+    assert [row["implementation"] for row in rows] == NAMES * 2
+    for row in rows:
+        assert row["failed"].startswith(f"batch={int(float(batch))}: inputs cannot be made: ") and not row["us"]
+        assert (
+            row["failed"].endswith("; give a smaller batch") and "\n" not in row["failed"] and row["broken"] == "True"
+        )
+    assert table.read_text() == before
+    shown = capsys.readouterr()
+    assert shown.out.count("inputs cannot be made") == 6 and not shown.err
+
+
+def test_a_shape_that_memory_does_not_hold_costs_no_other(table, tmp_path):
+    file = tmp_path / "numbers.csv"
+    assert run(f"csv_file={file}", words=(f"shapes={10**13}x1x8,7x2x8", "precision=fp32", "batch=2", "rounds=1")) == 1
+    rows = list(csv.DictReader(file.open()))
+    assert [bool(row["us"]) for row in rows] == [False] * 6 + [True] * 6
 
 
 def test_a_wrong_gradient_is_found(monkeypatch):
@@ -155,6 +184,8 @@ def test_it_stops_beginning_when_time_is_over(table, capsys):
         ("precision=fp8", "precision=fp8: must be one of fp32, bf16, all"),
         ("batch=0", "batch=0: must be a number ≥ 1"),
         ("rounds=1.5", "rounds=1.5: must be a whole number"),
+        ("threads=100000", f"threads=100000: must be at most {4 * os.cpu_count()}, four for each processor"),
+        (f"threads={4 * os.cpu_count() + 1}", f"threads={4 * os.cpu_count() + 1}: must be at most"),
         ("record=yes", "record=yes: must be one of true, false"),
         ("csv_file=/no/such/folder/a.csv", "csv_file=/no/such/folder/a.csv: its folder does not exist"),
         ("batches=3", "unknown key 'batches'; did you mean batch?"),

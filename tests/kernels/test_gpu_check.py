@@ -1,5 +1,8 @@
 """`make gpu-check`: with nothing installed, in its time, and what it leaves when it is ended."""
 
+import contextlib
+import csv
+import io
 import os
 import shutil
 import signal
@@ -7,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mcf.kernels import dispatch
 from mcf.kernels.bench import gpu_check, registry, table
 
 # What torch, triton, numpy and pytest need themselves, and nothing else that is installed here.
@@ -61,6 +66,9 @@ def test_gpu_check_runs_with_nothing_installed(bare_python, tmp_path):
     assert (out / "attention.csv").read_text().count("\n50,12,64,") == 12, (
         "three implementations, two types, two passes"
     )
+    for name in ("attention.csv", "levers.csv"):
+        rows = list(csv.DictReader((out / name).open()))
+        assert rows and all(row["device"].startswith("CPU (") and row["torch"] == torch.__version__ for row in rows)
     names = [f"tests-{name}" for group in gpu_check.TESTS for name in group]
     for name in names:
         said = (out / f"{name}.txt").read_text()
@@ -171,12 +179,142 @@ def test_a_signal_while_a_part_is_being_started_ends_the_part(tmp_path, monkeypa
     assert check.lines[0].startswith("sleeper: interrupted after 0 s")
 
 
-def test_gpu_check_without_a_compiler_says_so(tmp_path, monkeypatch):
+class Timed:
+    """A GPU, and parts that take so many seconds each of a clock that is only pretended; what each was given."""
+
+    def __init__(self, takes: dict[str, float], monkeypatch):
+        self.now = 0.0
+        self.given: dict[
+            str, tuple[float, float, list[str]]
+        ] = {}  # seconds that it may take, that are left, its command
+        self.takes = takes
+        monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(gpu_check, "_end", self.end)
+        monkeypatch.setattr(gpu_check.Check, "_start", lambda check, name, command, _: self.start(check, name, command))
+
+    def start(self, check: gpu_check.Check, name: str, command: list[str]) -> SimpleNamespace:
+        (check.out / f"{name}.txt").write_text("NVIDIA H200\n")
+        process, until, left = SimpleNamespace(ended=False), self.now + self.takes.get(name, 1e9), check.left()
+
+        def wait(timeout: float) -> int:
+            self.given.setdefault(name, (timeout, left, command))
+            if until > self.now + timeout:
+                self.now += timeout
+                raise subprocess.TimeoutExpired(command, timeout)
+            self.now, process.ended = max(self.now, until), True
+            return 0
+
+        process.wait = wait
+        return process
+
+    def end(self, process: SimpleNamespace) -> None:
+        if not process.ended:
+            self.now, process.ended = self.now + gpu_check.GRACE_S, True
+
+
+QUICK = {
+    "machine": 5,
+    **{f"tests-{name}": 40 for group in gpu_check.TESTS for name in group},
+    "bench": 100,
+    "attention": 30,
+}
+
+
+@pytest.mark.parametrize("sanitizer, bench", [(False, 100), (True, 100), (False, 185), (True, 115)])
+def test_levers_have_what_is_left(sanitizer, bench, tmp_path, monkeypatch):
+    """All of it, but for the sanitizer's where there is one; never less than what they had of old."""
+    timed = Timed({**QUICK, "bench": bench, "sanitizer-memcheck": 50, "sanitizer-racecheck": 50}, monkeypatch)
+    monkeypatch.setattr(shutil, "which", lambda name: name if sanitizer and "sanitizer" in name else None)
     check = gpu_check.Check(tmp_path, tmp_path)
-    monkeypatch.setattr(gpu_check.Check, "run", lambda *arguments, **_: "torch 2.13\nNVIDIA H200\n")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
     gpu_check._parts(check)
-    assert check.failed and check.lines == [
-        "Triton needs a C compiler to launch kernels: install gcc, or name one with CC=…"
+    seconds, left, command = timed.given["levers"]
+    kept = 2 * gpu_check.SANITIZER_S if sanitizer else 0
+    assert seconds == max(left - kept, gpu_check.LEVERS_S + 20)
+    (word,) = [word for word in command if word.startswith("seconds=")]
+    # Between the last lever's beginning and the end one can be compiled.
+    assert float(word.partition("=")[2]) == seconds - 50
+    assert timed.now <= 60 * gpu_check.MINUTES
+    passed = {line.partition(":")[0] for line in check.lines if ": passed" in line}
+    assert {"bench", "attention"} <= passed
+    assert ({"sanitizer-memcheck", "sanitizer-racecheck"} <= passed) == sanitizer
+
+
+def test_eight_minutes_are_never_passed(tmp_path, monkeypatch):
+    """Nothing ends by itself, and each takes all of its grace: what comes last is not begun."""
+    timed = Timed({"machine": 5}, monkeypatch)
+    monkeypatch.setattr(shutil, "which", lambda name: name if "sanitizer" in name else None)
+    check = gpu_check.Check(tmp_path, tmp_path)
+    gpu_check._parts(check)
+    assert check.failed and timed.now <= 60 * gpu_check.MINUTES
+    assert check.lines[-4:] == [
+        f"{name}: no time left" for name in ("attention", "levers", "sanitizer-memcheck", "sanitizer-racecheck")
     ]
+    assert "attention" not in timed.given
+
+
+def test_what_has_no_time_left_is_not_begun(tmp_path):
+    check = gpu_check.Check(tmp_path, tmp_path)
+    check.until = time.monotonic() + gpu_check.GRACE_S + 1
+    made = tmp_path / "made"
+    command = [sys.executable, "-c", f"open({str(made)!r}, 'w')"]
+    assert check.run_together({"one": command, "other": command}, 60) == {"one": "", "other": ""}
+    assert check.failed and check.lines == ["one, other: no time left"]
+    assert not made.exists() and not (tmp_path / "one.txt").exists()
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """torch says that there is a GPU, and all is there that kernels are launched with."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # decided at import, of which gpu_check sees to its own
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "Python.h")
+    monkeypatch.setenv("CC", "cc")
+    dispatch._no_launcher.cache_clear()
+    yield
+    dispatch._no_launcher.cache_clear()
+
+
+def parts_run(check: gpu_check.Check, monkeypatch) -> list[str]:
+    """The parts that are run; of them the first one in earnest, but here, where a GPU is pretended."""
+    names: list[str] = []
+
+    def run_together(_, commands, *rest, **environment):
+        names.extend(commands)
+        said = io.StringIO()
+        if "machine" in commands:
+            with contextlib.redirect_stdout(said):
+                exec(commands["machine"][2], {})
+        return dict.fromkeys(commands, said.getvalue())
+
+    monkeypatch.setattr(gpu_check.Check, "run_together", run_together)
+    gpu_check._parts(check)
+    return names
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers", "capability"])
+def test_gpu_check_refuses_where_kernels_cannot_be_launched(missing, pretended_gpu, tmp_path, monkeypatch):
+    """Else the tests would choose the reference, and pass."""
+    why = "Triton needs a C compiler to launch kernels, and there is neither gcc nor clang nor CC=…"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    if missing == "compiler":
+        monkeypatch.delenv("CC")
+    elif missing == "headers":
+        monkeypatch.setattr(Path, "is_file", lambda path: False)
+        why = "Triton needs Python's headers to launch kernels, and "
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        why = "the kernels need compute capability 8.0, this device has 7.5"
+    check = gpu_check.Check(tmp_path, tmp_path)
+    assert parts_run(check, monkeypatch) == ["machine"] and check.failed
+    (line,) = check.lines
+    assert line.startswith(f"kernels cannot be launched: {why}")
+    assert line.endswith(": nothing was tested; mend that, and run this again")
+
+
+def test_gpu_check_goes_on_where_kernels_can_be_launched(pretended_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    check = gpu_check.Check(tmp_path, tmp_path)
+    assert parts_run(check, monkeypatch)[-1] == "levers" and not check.failed
+    assert check.lines == ["compute-sanitizer is not installed: kernels were not run under it"]
