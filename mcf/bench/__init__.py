@@ -1,1 +1,1 @@
-"""How fast the parts of a run are: `python -m mcf.bench part=loader|step`."""
+"""How fast the parts of a run are: `python -m mcf.bench part=step|levers|fed|loader|…`."""

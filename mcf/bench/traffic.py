@@ -58,7 +58,7 @@ CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 class TrafficConfig(Section):
     """Count what the networks of a step (ViT-B, bfloat16 by autocast) move and multiply, and what bounds them on a GPU.
 
-    Nothing is timed. The default rates are an H200's as measured on one; products in float8 count as twice as fast as in bfloat16.
+    Nothing is timed. The default rates are an H200's as they were given to us; products in float8 count as twice as fast as in bfloat16.
     """
 
     batch: Positive = Field(256, description="images of a step")

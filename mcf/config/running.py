@@ -83,7 +83,7 @@ class SpeedConfig(Section):
     linear: Literal["auto", "torch", "onednn"] = Field(
         "auto",
         description="float32 products of linear layers on a CPU: torch's own (MKL), or oneDNN's; auto: oneDNN on AMD's Zen 3 "
-        "to 5, where it multiplies faster",
+        "to 5, where it multiplies faster. In compiled blocks (speed.compile) torch's own always",
     )
 
 
