@@ -52,21 +52,25 @@ def main(argv: list[str] | None = None) -> int:
 
     caches.keep_local()
     world = distributed.join()
-    distributed.set_threads(world, config.threads)
-    linear.use("auto")
-    if world.device.type == "cpu":
-        memory.keep_freed_memory()
-    encoder, heads = encoder_of(
-        config.weights, config.branch, config.heads, seed=config.seed if config.random else None
-    )
-    probe = Probe(config, world, encoder.shape.image_size, f"data={config.data}")
-    told = probe(encoder.tensors, heads)
-    if world.is_main:
-        origin = f"an untrained encoder shaped as the {encoder.origin}" if config.random else f"the {encoder.origin}"
-        print(report(told, probe.set.describe(config.label), origin))
-        if config.out:
-            write(Path(config.out), {"weights": config.weights, "origin": origin, "data": config.data, **told})
-    distributed.leave()
+    try:
+        distributed.set_threads(world, config.threads)
+        linear.use("auto")
+        if world.device.type == "cpu":
+            memory.keep_freed_memory()
+        encoder, heads = encoder_of(
+            config.weights, config.branch, config.heads, seed=config.seed if config.random else None
+        )
+        probe = Probe(config, world, encoder.shape.image_size, f"data={config.data}")
+        told = probe(encoder.tensors, heads)
+        if world.is_main:
+            origin = (
+                f"an untrained encoder shaped as the {encoder.origin}" if config.random else f"the {encoder.origin}"
+            )
+            print(report(told, probe.set.describe(config.label), origin))
+            if config.out:
+                write(Path(config.out), {"weights": config.weights, "origin": origin, "data": config.data, **told})
+    finally:
+        distributed.leave()  # a group that is still there when Python ends may abort it, after a refusal too
     return 0
 
 
