@@ -3,20 +3,28 @@ twice; nothing waits for the device; memory does not grow."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mcf import distributed, memory
 from mcf.config import Recipe
@@ -25,6 +33,7 @@ from mcf.models import Teacher, regional
 from mcf.models.vit import Block, VisionTransformer
 from mcf.plan import make_plan
 from mcf.step import Outcome, Step
+from mcf.train import Training
 from mcf.weights import load_teacher
 
 BATCH, MICRO = 8, 4
@@ -194,22 +203,93 @@ def test_a_stream_in_bfloat16_moves_features_by_a_few_roundings():
 
 
 class Syncs(TorchDispatchMode):
-    """Where a tensor's values decide what the host does next: on a GPU it would wait for all that was queued."""
+    """Where tensors and the host meet: on a GPU the host would wait there for all that was queued.
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+    Of two kinds: a tensor's values decide what the host does next, or numbers of the host's become a tensor, since memory
+    that is not pinned is copied while the host stands still. Operations are seen where they are dispatched. A tensor on a
+    CPU is read and taken to the CPU without any, so what Python calls for that is watched by name. Only the thread that
+    began is watched: the loader's may wait.
+
+    What is on the host and what is not is one memory here. `there` gives the step a device with a number, so that
+    `to(device)` is told from `to("cpu")`, and what is made there from what is made without saying where.
+    """
+
+    # linalg_check_errors looks at what LAPACK answered; lift_fresh makes a tensor of what Python holds.
+    WAITING = (
+        "_local_scalar_dense", "equal", "allclose", "nonzero", "masked_select", "_unique", "unique",
+        "bincount", "_linalg_check_errors", "lift_fresh",
+    )  # fmt: skip
+    BY_MASK = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+    CALLED = ("tolist", "cpu", "numpy")
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self._of_host: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._patches = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        thread = threading.get_ident()
+
+        def watch(name: str, waits: Callable[..., bool]) -> None:
+            call = getattr(Tensor, name)
+
+            @functools.wraps(call)
+            def watched(tensor: Tensor, *arguments, **named):
+                if threading.get_ident() == thread and waits(*arguments, **named):
+                    self.found.append(name)
+                return call(tensor, *arguments, **named)
+
+            self._patches.setattr(Tensor, name, watched)
+
+        for name in self.CALLED:
+            watch(name, lambda *_, **__: True)
+        watch("to", lambda *arguments, **named: any(map(_is_host, [*arguments, named.get("device")])))
+        # A tensor on a CPU forgets the number, and `to(other.device)` would be told the host.
+        own = Tensor.device.__get__
+        self._patches.setattr(Tensor, "device", property(lambda t: own(t) if t in self._of_host else _there(own(t))))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patches.undo()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        name = function.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in arguments[1]
-        )
-        if name.startswith(self.WAITING) or by_mask:
+        named = named or {}
+        name, device = function.overloadpacket.__name__, named.get("device")
+        if (
+            name.startswith(self.WAITING)
+            or (name in self.BY_MASK and any(_is_mask(index) for index in arguments[1]))
+            or (name == "repeat_interleave" and named.get("output_size") is None)
+        ):
             self.found.append(name)
-        return function(*arguments, **(named or {}))
+        out = function(*arguments, **named)
+        # What has no number in its device was made on the host, and so was what has come of nothing else.
+        taken = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
+        if all(tensor in self._of_host for tensor in taken) and (taken or device is not None):
+            if device is None or _is_host(device):
+                self._of_host.update({leaf: True for leaf in tree_leaves(out) if isinstance(leaf, Tensor)})
+            elif taken:
+                self.found.append("carried over")
+        return out
+
+
+def _is_host(place: object) -> bool:
+    """Whether what `Tensor.to` is told is the host, and not `there`."""
+    return place == "cpu" or (isinstance(place, torch.device) and place.type == "cpu" and place.index is None)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
+
+
+def _there(device: torch.device) -> torch.device:
+    return torch.device("cpu", 0) if _is_host(device) else device
+
+
+def there(world: distributed.World) -> distributed.World:
+    """The same rank on a device that has a number, as a GPU has: what is `cpu` without one is the host."""
+    return dataclasses.replace(world, device=_there(world.device))
 
 
 WAYS: dict[str, dict] = {
@@ -222,32 +302,130 @@ WAYS: dict[str, dict] = {
 }
 
 
+# The engine's verdict whether the step is finite.
+ONCE = ["tolist"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=pytest.mark.float8) if way == "float8" else way for way in WAYS]
 )
-def test_nothing_in_a_step_waits_for_the_device(world, way, monkeypatch):
+def test_a_step_waits_for_the_device_once(world, way, accumulation, monkeypatch):
     # So that a synchronised BatchNorm does what it does among several.
     monkeypatch.setattr("mcf.models.heads._ranks", lambda: 2)
-    step = build(world, **WAYS[way])
+    step = build(there(world), batch=MICRO * accumulation, **WAYS[way])
+    assert step.plan.accumulation == accumulation
     run(step, 1)
-    taken = list(batches(1, world.device))
+    taken = list(batches(1, step.world.device))
     with Syncs() as syncs:
         outcome = step(1, iter(taken))
     assert outcome.applied
-    assert syncs.found == []
+    assert syncs.found == ONCE
 
 
-@pytest.mark.parametrize("spoil", [Tensor.item, Tensor.nonzero, lambda t: t[t > 0], bool, lambda t: torch.equal(t, t)])
+# Each takes three numbers on the device of a step. Methods are asked for when they are called: `Syncs` puts others there.
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda t: t[0].item(),
+    "float": lambda t: float(t[0]),
+    "int": lambda t: int(t[0]),
+    "bool": lambda t: bool(t[0]),
+    "is_nonzero": lambda t: torch.is_nonzero(t[0]),
+    "if": lambda t: 1 if t.isnan().any() else 0,
+    "text": lambda t: f"{t}",
+    "tolist": lambda t: t.tolist(),
+    "cpu": lambda t: t.cpu(),
+    "numpy": lambda t: t.numpy(),
+    "numpy's array": np.asarray,
+    "to the host": lambda t: t.to("cpu"),
+    "to the host, by name": lambda t: t.to(device=torch.device("cpu"), non_blocking=True),
+    "where": lambda t: torch.where(t > 0),
+    "nonzero": Tensor.nonzero,
+    "argwhere": torch.argwhere,
+    "masked_select": lambda t: t.masked_select(t > 0),
+    "by a mask": lambda t: t[t > 0],
+    "into a mask": lambda t: t.clone().index_put_((t > 0,), t[0]),
+    "up to": lambda t: t[: t.long()[0]],
+    "equal": lambda t: torch.equal(t, t),
+    "allclose": lambda t: torch.allclose(t, t),
+    "unique": Tensor.unique,
+    "unique_consecutive": Tensor.unique_consecutive,
+    "unique of rows": lambda t: t.unique(dim=0),
+    "bincount": lambda t: t.long().bincount(),
+    "one_hot": lambda t: torch.nn.functional.one_hot(t.long(), 8),
+    "repeat_interleave": lambda t: t.repeat_interleave(t.long()),
+    "inverse": lambda t: torch.linalg.inv(t.diag()),
+    "numbers": lambda t: torch.tensor([1.0, 2.0]).to(torch.device("cpu", 0)),
+    "numbers made there": lambda t: torch.tensor([1.0, 2.0], device=torch.device("cpu", 0)),
+    "a number": lambda t: torch.as_tensor(True, device=t.device),
+    "new_tensor": lambda t: t.new_tensor([1.0, 2.0]),
+    "numpy's numbers": lambda t: torch.from_numpy(np.ones(2)),
+    "by a list": lambda t: t[[0, 1]],
+    "made on the host": lambda t: torch.arange(3).float().to(torch.device("cpu", 0)),
+    "drawn on the host": lambda t: torch.as_tensor(torch.rand(3), device=torch.device("cpu", 0)),
+}
+
+
+@pytest.mark.parametrize("spoil", WAITS.values(), ids=WAITS)
 def test_a_wait_in_a_step_is_found(world, spoil):
-    step = build(world)
+    step = build(there(world))
 
     def wait(_module, _inputs, out):
-        spoil(out["total"].detach())
+        spoil(out["total"].detach().abs().clamp(1, 2).expand(3).contiguous())
 
     step.objective.register_forward_hook(wait)
+    taken = list(batches(0, step.world.device))  # which are made on the host
     with Syncs() as syncs:
-        step(0, batches(0, world.device))
-    assert len(syncs.found) >= 2, "one a micro-batch"
+        step(0, iter(taken))
+    assert len(syncs.found) >= 2 + len(ONCE), "one a micro-batch"
+    assert syncs.found[-1:] == ONCE
+
+
+def test_what_does_not_wait_is_not_found():
+    """Else a step would be built around the watch, and not around the device."""
+    device = torch.device("cpu", 0)
+    t = torch.rand(3, device=device)
+    elsewhere: list = []
+    with Syncs() as syncs:
+        t.to(device).to(torch.float64).to(t)
+        torch.as_tensor(t > 0, device=device).logical_not().any().double()
+        torch.arange(3, device=device) + torch.full((), 2.0)
+        t.repeat_interleave(t.long(), output_size=0).repeat_interleave(2)
+        torch.where(t > 0, t, 0.0).masked_fill(t > 0, 1.0)[t.long()].isfinite().all()
+        other = threading.Thread(target=lambda: elsewhere.append(t.tolist()))
+        other.start()
+        other.join()
+    t.tolist()
+    assert syncs.found == [] and elsewhere
+
+
+@pytest.mark.parametrize("log_every", [100, 1], ids=["not told", "told"])
+def test_the_loop_waits_for_no_more_than_the_step(world, tmp_path, log_every):
+    """From the moment a step begins in `mcf.train` to the next: with its loader, meters and guard, on one rank."""
+    tiny.shards(tmp_path / "data")
+    overrides = {"train__log_every": log_every, "checkpoint__every": 100, "optimizer__warmup_epochs": 0.0}
+    values = tiny.recipe(tmp_path / "run", tmp_path / "data", train__steps=3, **overrides)
+    syncs, began = Syncs(), []
+
+    with contextlib.ExitStack() as ends:
+
+        def mark(phase: str, step: int | None = None) -> None:
+            if step is not None:
+                began.append(step)
+                if step == 2:
+                    watched.enter_context(syncs)
+                if step == 3:
+                    watched.close()
+
+        training = Training(Recipe.model_validate(values), tmp_path / "run", there(world), mark)
+        ends.callback(training.loader.close)
+        watched = ends.enter_context(contextlib.ExitStack())
+        assert training.step.engine.stage == 0 and training.plan.accumulation == 2
+        assert training.run(SimpleNamespace(received=False, for_good=False))
+    assert began == [1, 2, 3] and training.progress.bad_steps == 0
+    if log_every == 1:  # the meters are read
+        assert len(syncs.found) > len(ONCE) and syncs.found[:1] == ONCE
+    else:
+        assert syncs.found == ONCE
 
 
 @pytest.mark.gpu
