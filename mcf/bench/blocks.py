@@ -87,6 +87,7 @@ class Networks:
     momentum: VisionTransformer
     decoder: Decoder
     teacher: Teacher
+    keep: int  # patches that a mask leaves
     seconds: list[float] = field(default_factory=list)
 
     def step(self, images: Tensor, patch: int) -> Tensor:
@@ -98,7 +99,7 @@ class Networks:
             parameter.grad = None
         with torch.autocast(images.device.type, torch.bfloat16):
             keep, restore = kernels.mask(
-                0, positions, kernels.ENCODER, patches, patches // 4, implementation=implementation
+                0, positions, kernels.ENCODER, patches, self.keep, implementation=implementation
             )
             with torch.no_grad():
                 self.momentum(images, keep)
@@ -115,19 +116,20 @@ class Networks:
 
 
 def build(shape: dict[str, Any], device: torch.device, levers: dict[str, Any]) -> Networks:
-    """The networks on a device, with levers on."""
+    """The networks on a device, with levers on. The teacher is as large as the encoder, if `shape` does not say otherwise."""
     torch.manual_seed(0)
     common = {"attention": levers["attention"], "kernels": levers["kernels"]}
-    vit = VisionTransformer(
-        image_size=shape["size"], patch_size=shape["patch"], width=shape["width"], depth=shape["depth"], heads=shape["heads"],
-        **common,
-    )  # fmt: skip
+    sides: dict[str, Any] = {"image_size": shape["size"], "patch_size": shape["patch"]}
+    own = (shape["width"], shape["depth"], shape["heads"])
+    vit = _vit(sides, own, common)
     width, depth, heads = shape["decoder"]
     decoder = Decoder(
         tokens_width=shape["width"], grid=shape["size"] // shape["patch"], patch_size=shape["patch"], width=width, depth=depth,
         heads=heads, **common,
     )  # fmt: skip
-    teacher = Teacher(vit.state_dict(), heads=shape["heads"], taps=shape["taps"], **common)
+    other = shape.get("teacher", own)
+    taught = vit if other == own else _vit(sides, other, common)
+    teacher = Teacher(taught.state_dict(), heads=other[2], taps=shape["taps"], **common)
     if levers["float8"]:
         teacher.to_float8()
     if levers["stream"]:
@@ -141,7 +143,12 @@ def build(shape: dict[str, Any], device: torch.device, levers: dict[str, Any]) -
     recompute_blocks(*(parts[name] for name in levers["recompute"]))
     if levers["compile"]:
         compile_blocks(*parts.values())
-    return Networks(vit, momentum, decoder, teacher)
+    return Networks(vit, momentum, decoder, teacher, shape.get("keep", (shape["size"] // shape["patch"]) ** 2 // 4))
+
+
+def _vit(sides: dict[str, Any], shape: tuple[int, int, int], common: dict[str, Any]) -> VisionTransformer:
+    width, depth, heads = shape
+    return VisionTransformer(**sides, width=width, depth=depth, heads=heads, **common)
 
 
 def levers(device: torch.device, only: str) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@
     compiled   the graph of a block: matrix products and attention are launches as before; what lies between two of them,
                connected by data, is one launch, which reads and writes at its ends alone
 
-A step runs on the CPU with two and with four images of ViT-B's size; bytes and operations of every launch grow linearly
+A step runs on the CPU with two and with four images of the recipe's size; bytes and operations of every launch grow linearly
 with the batch, so that two steps tell those of any. A launch takes at least the longer of its operations at the rate of
 matrix products and its bytes at the rate of memory: their sum is a bound that no GPU of these rates beats, and no
 measurement.
@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from functorch.compile import make_boxed_func
@@ -31,9 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mcf import cli
-from mcf.bench.blocks import NONE, SHAPE, build
+from mcf.bench import alone
+from mcf.bench.blocks import NONE, build
 from mcf.bench.files import JsonFile, save
-from mcf.config import Positive, Section
+from mcf.config import Positive, Recipe, Section
+from mcf.errors import UserError
 from mcf.models.regional import compile_blocks
 from mcf.models.teacher import Teacher
 
@@ -56,11 +58,12 @@ CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class TrafficConfig(Section):
-    """Count what the networks of a step (ViT-B, bfloat16 by autocast) move and multiply, and what bounds them on a GPU.
+    """Count what the networks of a step (bfloat16 by autocast) move and multiply, and what bounds them on a GPU.
 
-    Nothing is timed. The default rates are an H200's as they were given to us; products in float8 count as twice as fast as in bfloat16.
+    Every key of the recipe (default vit_b_20m) can be given beside these. Nothing is timed. The default rates are an H200's as they were given to us; products in float8 count as twice as fast as in bfloat16.
     """
 
+    part: Literal["traffic"] = Field("traffic", description="which benchmark")
     batch: Positive = Field(256, description="images of a step")
     tflops: float = Field(790.0, gt=0, description="rate of bfloat16 matrix products, 10¹² operations a second")
     terabytes: float = Field(4.3, gt=0, description="rate of the GPU's memory, 10¹² bytes a second")
@@ -82,21 +85,42 @@ class Launch:
 @cli.main
 def main(argv: list[str]) -> int:
     """The part."""
-    config = cli.parse(TrafficConfig, argv, verb="bench part=traffic")
-    print(f"ViT-B's networks, batch {config.batch}: counted, not measured; bounds at {config.tflops:g} TFLOP/s and "
+    recipe, config = alone.load(argv, TrafficConfig, "traffic")
+    shape = shape_of(recipe)
+    print(f"networks of {recipe.name}, batch {config.batch}: counted, not measured; bounds at {config.tflops:g} TFLOP/s and "
           f"{config.terabytes:g} TB/s, {config.launch_us:g} µs a launch\n{'':24}{'launches':>9}{'host ms':>9}{'GFLOP/img':>11}{'GB/img':>8}"
           f"{'products':>10}{'attention':>10}{'between':>9}{'images/s':>10}{'MFU':>6}", flush=True)  # fmt: skip
     rows, model_flops = {}, 0.0
     for name, keys in VARIANTS.items():
-        one, two = (count(SHAPE, {**NONE, **keys}, images) for images in (SMALL, 2 * SMALL))
+        one, two = (count(shape, {**NONE, **keys}, images) for images in (SMALL, 2 * SMALL))
         launches = at_batch(one, two, config.batch)
         row = bound(launches, config)
         model_flops = model_flops or row["flops"]  # written out, attention computes nothing twice
         row["mfu"] = model_flops / row["seconds"] / config.tflops / 1e12
         rows[name] = row
         print(line(name, row, config.batch), flush=True)
-    save(config.json_file, {**config.model_dump(), "rows": rows})
+    save(config.json_file, {**config.model_dump(), "recipe": recipe.name, "shape": shape, "rows": rows})
     return 0
+
+
+def shape_of(recipe: Recipe) -> dict[str, Any]:
+    """The networks of a recipe as `mcf.bench.blocks` builds them; UserError for what it does not."""
+    model, decoder, teacher = recipe.model, recipe.model.decoder, recipe.teacher
+    plain = {
+        "loss.feature": (recipe.loss.feature > 0, True), "model.variant": (model.variant, "plain"),
+        "model.mlp_ratio": (model.mlp_ratio, 4.0), "mask.momentum": (recipe.mask.momentum == "none", False),
+        "teacher.patch_size": (teacher.patch_size, model.patch_size),
+    }  # fmt: skip
+    for key, (value, only) in plain.items():
+        if value != only:
+            raise UserError(
+                f"part=traffic: recipe {recipe.name} differs in {key} from what is counted; leave it as in vit_b_20m"
+            )
+    return {
+        "size": model.image_size, "patch": model.patch_size, "width": model.width, "depth": model.depth, "heads": model.heads,
+        "decoder": (decoder.width, decoder.depth, decoder.heads), "taps": teacher.taps,
+        "teacher": (teacher.width, teacher.depth, teacher.heads), "keep": recipe.visible_patches,
+    }  # fmt: skip
 
 
 def bound(launches: Sequence[Launch], config: TrafficConfig) -> dict[str, Any]:

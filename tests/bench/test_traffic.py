@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mcf.bench import blocks, traffic
+from mcf.bench import alone, blocks, traffic
 from mcf.bench.traffic import Launch, Launches, TrafficConfig, at_batch, bound, count
+from mcf.costs import count_flops
 from mcf.models.vit import Block
 
 SMALL = {**blocks.SHAPE, "size": 32, "depth": 2, "width": 48, "heads": 3, "decoder": (32, 1, 2), "taps": (0, 1)}
+KEYS = [
+    "model.image_size=32", "model.depth=2", "model.width=48", "model.heads=3", "model.decoder.width=32", "model.decoder.depth=1",
+    "model.decoder.heads=2", "teacher.depth=2", "teacher.width=48", "teacher.heads=3", "teacher.taps=[0,1]",
+]  # fmt: skip
 B, N, D, HEADS = 4, 17, 96, 3
 T = B * N
 
@@ -117,9 +122,8 @@ def test_a_bound_by_hand():
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(traffic, "SHAPE", SMALL)
     monkeypatch.setattr(traffic, "VARIANTS", {name: traffic.VARIANTS[name] for name in ("none", "all")})
-    assert traffic.main(["batch=64", f"json_file={tmp_path / 'counts.json'}"]) == 0
+    assert traffic.main([*KEYS, "batch=64", f"json_file={tmp_path / 'counts.json'}"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "counted, not measured" in said[0] and [row.split()[0] for row in said[2:]] == ["none", "all"]
     rows = json.loads((tmp_path / "counts.json").read_text())["rows"]
@@ -127,6 +131,36 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     for row in rows.values():
         assert row["mfu"] == pytest.approx(rows["none"]["flops"] / row["seconds"] / 790e12)
         assert row["seconds"] == pytest.approx(sum(row["of_kind"].values()))
+
+
+def test_a_recipes_networks_are_counted_as_the_plan_counts_them():
+    """Another encoder than teacher, another mask, other taps."""
+    keys = [
+        "model.width=64",
+        "model.heads=4",
+        "model.depth=3",
+        "model.image_size=64",
+        "mask.ratio=0.5",
+        "teacher.taps=[1]",
+    ]
+    named = {key.partition("=")[0] for key in keys}
+    others = [key for key in KEYS if key.partition("=")[0] not in named]
+    recipe, _ = alone.load([*others, *keys], TrafficConfig, "traffic")
+    shape = traffic.shape_of(recipe)
+    assert shape["teacher"] == (48, 2, 3) and (shape["width"], shape["keep"]) == (64, 8)
+    found = count(shape, blocks.NONE, 2)
+    expected = count_flops(recipe)
+    heads = recipe.model.projection
+    projector = 2 * (64 * heads.hidden + heads.hidden * heads.dim)  # the momentum branch's, which is left out
+    parts = expected.encoder + expected.decoder + expected.momentum - projector + expected.teacher
+    assert sum(launch.flops for launch in found) == 2 * parts
+
+
+@pytest.mark.parametrize("key", ["loss.feature=0", "model.variant=clip", "mask.momentum=none", "teacher.patch_size=8"])
+def test_what_is_not_counted_is_refused(key, capsys):
+    assert traffic.main([*KEYS, key]) == 2
+    error = capsys.readouterr().err
+    assert f"differs in {key.partition('=')[0]} from what is counted" in error and error.count("\n") == 1
 
 
 def test_nothing_is_lost_by_a_pause():
