@@ -91,13 +91,10 @@ def reference(recipe: Recipe, world: World) -> tuple[Work, Program]:
     ]
     optimiser = torch.optim.AdamW(groups, lr=1e-6, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
     plan = _plan(recipe)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    work = Work(
-        {
-            **dict(named),
-            **{n: p for n, p in model.named_parameters() if n.startswith(AVERAGES) and not n.endswith("pos_embed")},
-        }
-    )
+    named = dict(model.named_parameters())
+    gradients = {name: p for name, p in named.items() if p.requires_grad}
+    averages = {n: p for n, p in named.items() if n.startswith(AVERAGES) and not n.endswith("pos_embed")}
+    work = Work(gradients | averages)
     batch = _batches(recipe, world)
     # Its data loader's workers normalise, so that is not in its step; ours does it inside.
     pixels = normalise(batch(0).images).contiguous()
@@ -115,7 +112,7 @@ def reference(recipe: Recipe, world: World) -> tuple[Work, Program]:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(index, plan, recipe.optimizer)
         if index == 0:
-            work.note_gradients(named)
+            work.note_gradients(gradients.items())
         optimiser.step()
         optimiser.zero_grad()
         return {name: float(losses[name].detach()) for name in (*LOSSES, "total")}
