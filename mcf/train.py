@@ -19,26 +19,20 @@ import sys
 import time
 from pathlib import Path
 
-from mcf import atomic, caches, checkpoint, cli, distributed, linear, lock, memory, precision, startup, state
+from mcf import atomic, caches, checkpoint, cli, distributed, linear, lock, memory, state
+from mcf.beginning import begin
 from mcf.config import Recipe
 from mcf.data.bad import Tally
-from mcf.data.loader import Loader
-from mcf.data.shards import load_manifest
 from mcf.errors import UserError
 from mcf.exits import INTERRUPTED, SAVED, leave_with
 from mcf.guard import Guard, memory_suffices
 from mcf.meters import Meters
-from mcf.models.teacher import Teacher
-from mcf.plan import make_plan
-from mcf.probing.probe import Probe
 from mcf.rendezvous import launch_name, rendezvous
-from mcf.spread import Spread
-from mcf.step import Outcome, Step
+from mcf.step import Outcome
 from mcf.stop import StopSignal
 from mcf.track import Tracker, jsonl
 from mcf.track.images import reconstruction_grid
 from mcf.watchdog import Mark, Watchdog, unwatched
-from mcf.weights import build_teacher, read_start, read_teacher
 
 log = logging.getLogger(__name__)
 
@@ -53,59 +47,16 @@ class Training:
 
     def __init__(self, recipe: Recipe, run_dir: Path, world: distributed.World, mark: Mark = unwatched):
         self.run_dir, self.world, self.mark = run_dir, world, mark
-        mark("reading data")
-        distributed.from_main(lambda: checkpoint.make_run_dir(run_dir))
-        startup.check_same_everywhere(world, recipe.data.path or "")
-        self.manifest = distributed.from_main(
-            lambda: load_manifest(
-                recipe.data.path or "", lost=recipe.data.max_bad if checkpoint.steps(run_dir) else 0.0
-            )
-        )
-        self.plan = make_plan(recipe, self.manifest.samples)
-        self.progress = state.Progress(data=self.manifest.fingerprint)
-        mark("reading checkpoint")
-        found = distributed.from_main(lambda: checkpoint.take_up(run_dir))
-        self.recipe = recipe = self._resolved(recipe, found)
-        if found is not None:
-            # Before anything is built: a checkpoint of another run is refused at once.
-            fingerprint = self.manifest.fingerprint
-            self.progress = distributed.from_main(lambda: state.check_same_run(found, recipe, fingerprint))
-
-        mark("reading teacher")
-        teacher = self._teacher()
-        identity = distributed.from_main(lambda: state.fingerprint(teacher))
-        if found is not None:
-            state.check_same_teacher(self.progress, identity, recipe)
-        self.progress.teacher = identity
-        mark("reading probe")
-        self.probe = Probe(recipe.probe, world, recipe.model.image_size) if recipe.probe.every else None
-        mark("building")
-        start = Spread(lambda: read_start(recipe) or {}, world.device) if found is None else {}
-        self.step = Step(recipe, self.plan, teacher, world, mark, dict(start) or None)
-        self.resumed = found is not None
+        begun = begin(recipe, run_dir, world, mark)
+        self.recipe, self.plan, self.progress = begun.recipe, begun.plan, begun.progress
+        self.step, self.loader, self.probe, self.resumed = begun.step, begun.loader, begun.probe, begun.resumed
         self.interrupted = False
-        if found is not None:
-            self._go_on_from(found)
-        self.guard = Guard(recipe.guard, run_dir, world.rank)
+        self.guard = Guard(begun.recipe.guard, run_dir, world.rank)
         self.meters = Meters(world)
-        self.tally = Tally(recipe.data.max_bad, self.manifest.samples)
+        self.tally = Tally(begun.recipe.data.max_bad, begun.manifest.samples)
         # Positions of bad samples that an earlier launch has told of: after a kill, some of them come again.
         events = jsonl.read(run_dir / jsonl.EVENTS) if world.is_main else []
         self.bad_told = {event["position"] for event in events if event.get("kind") == "bad_sample"}
-        self.loader = Loader(
-            recipe.data,
-            batch=recipe.batch,
-            micro_batch=recipe.local_batch,
-            seed=recipe.seed,
-            image_size=recipe.model.image_size,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            start=self.progress.samples_seen,
-            threads=world.cores,
-            local_ranks=world.local_size,
-            manifest=self.manifest,
-        )
 
     def run(self, stop: StopSignal) -> bool:
         """Train until the recipe's last step; False if told to stop before it. Saves in both cases. Collective.
@@ -175,34 +126,6 @@ class Training:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0
-
-    def _resolved(self, recipe: Recipe, found: Path | None) -> Recipe:
-        """The recipe with `train.precision: auto` made one: the checkpoint's, or what rank 0 finds faster. Collective."""
-        if recipe.train.precision != "auto":
-            return recipe
-
-        def chosen() -> str:
-            return precision.choose(self.world.device) if found is None else state.saved_precision(found)
-
-        train = recipe.train.model_copy(update={"precision": distributed.from_main(chosen)})
-        return recipe.model_copy(update={"train": train})
-
-    def _teacher(self) -> Teacher | None:
-        """The teacher, whose file rank 0 reads for all. Collective."""
-        config, size = self.recipe.teacher, self.recipe.model.image_size
-        tensors = Spread(lambda: read_teacher(config, image_size=size, seed=self.recipe.seed) or {}, self.world.device)
-        if not tensors:
-            return None
-        return build_teacher(
-            dict(tensors), config, image_size=size, attention=self.recipe.attention, kernels=self.recipe.kernels
-        )
-
-    def _go_on_from(self, found: Path) -> None:
-        """Take over the tensors of a checkpoint, which rank 0 reads for all. Collective."""
-        tensors, momentum = state.read(found) if self.world.is_main else ({}, {})
-        self.step.engine.load_state_dict(Spread(lambda: tensors, self.world.device))
-        self.step.momentum.load_full_state_dict(dict(Spread(lambda: momentum, self.world.device)))
-        log.info("going on from %s: %d samples seen", found, self.progress.samples_seen)
 
     def _save(self, tracker: Tracker) -> str | None:
         """Save a checkpoint; a save that fails is told, and the run goes on. Collective; what failed, the same on all."""

@@ -100,10 +100,14 @@ ARROWS = {
     "mcf.downstream": {"mcf.config", "mcf.errors", "mcf.keys", "mcf.models", "mcf.state", "mcf.weights"},
     "mcf.probing": {"mcf.config", "mcf.distributed", "mcf.downstream", "mcf.errors", "mcf.models"},
     # Verbs that bring rooms together.
+    "mcf.beginning": {
+        "mcf.checkpoint", "mcf.config", "mcf.data", "mcf.distributed", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing",
+        "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.watchdog", "mcf.weights",
+    },
     "mcf.train": {
-        "mcf.caches", "mcf.atomic", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors", "mcf.exits", "mcf.guard", "mcf.linear", "mcf.lock", "mcf.memory",
-        "mcf.meters", "mcf.models", "mcf.plan", "mcf.precision", "mcf.probing", "mcf.rendezvous", "mcf.spread", "mcf.startup", "mcf.state", "mcf.step", "mcf.stop", "mcf.track",
-        "mcf.watchdog", "mcf.weights",
+        "mcf.atomic", "mcf.beginning", "mcf.caches", "mcf.checkpoint", "mcf.cli", "mcf.config", "mcf.data", "mcf.distributed", "mcf.errors",
+        "mcf.exits", "mcf.guard", "mcf.linear", "mcf.lock", "mcf.memory", "mcf.meters", "mcf.rendezvous", "mcf.state", "mcf.step",
+        "mcf.stop", "mcf.track", "mcf.watchdog",
     },
     "mcf.inspect": {"mcf.cli", "mcf.config", "mcf.data", "mcf.errors", "mcf.kernels"},
     "mcf.finetuning": {
